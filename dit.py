@@ -1,0 +1,198 @@
+"""The diffusion transformer: adaLN-Zero blocks over packed spacetime patches.
+
+The problem. A denoiser looks at a noisy clip, is told how noisy it is and what the caption says, and
+says what the clean clip is. It has to do that for clips of every duration and shape.
+
+The idea (Peebles and Xie 2023, "Scalable diffusion models with transformers"). A plain transformer
+over the clip's patches. It knows three things that a language model doesn't:
+
+  how noisy   *adaLN-Zero*: the noise level makes a scale, a shift and a gate for each half of each
+              block. Gates start at zero, so the network starts as the identity and deepens itself.
+              Here every latent frame has a noise level of its own, and a patch reads its frame's.
+  what        the caption's tokens stand in front of the clip's patches, in the same sequence, and
+              attention carries them over. Their mean also joins the noise level in adaLN, so that
+              what to draw reaches every block from the first training step on.
+  where       3D rotary positions (Su et al. 2021, RoPE): the angle between a query and a key is
+              their distance in time, rows and columns. There is no table of positions, so that a
+              grid never seen in training is still a grid.
+
+Several clips share a row (patch n' pack). Attention stays inside a clip, everything else is done to
+each token alone, so a clip's output is the same alone and packed with others.
+
+Alphabet: B rows of L tokens; D numbers a patch; d the width; F latent frames of all clips together.
+What adaLN needs is made once for each of the F frames and looked up for each of the B x L tokens.
+
+Run `python dit.py` to see a small DiT read a packed batch, and where its parameters are.
+"""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class DiTConfig:
+    inputs: int = 20  # D: numbers a patch
+    vocabulary: int = 512  # how many ids a caption token can have
+    width: int = 256  # d
+    depth: int = 8
+    heads: int = 4
+    rope_base: float = 100.0  # the longest wavelength is about 6 times this many patches
+
+
+# ------------------------------------------------------------------------------- how noisy, and what
+
+
+def fourier_features(level: Tensor, width: int) -> Tensor:
+    """level [F] in [0, 1] -> [F, width]: cosines and sines of wavelengths from 2 pi down to 0.006.
+
+    As the sinusoidal embedding of Vaswani et al. 2017 (section 3.5), with 1000 steps from 0 to 1.
+    """
+    frequency = torch.exp(torch.linspace(0, math.log(1000.0), width // 2, device=level.device))
+    angle = level[:, None].float() * frequency  # [F, width/2]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [F, width]
+
+
+def caption_mean(words: Tensor, is_text: Tensor, sample_id: Tensor, clips: int) -> Tensor:
+    """The mean of each clip's caption tokens: words [B, L, d] -> [clips, d]."""
+    owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
+    total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words[is_text])
+    return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------- where
+
+
+def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
+    """position [B, L, 3] -> cos and sin [B, L, 1, head/2].
+
+    A quarter of the pairs turns with time, three eighths each with rows and columns (as CogVideoX).
+    """
+    pairs = head // 2
+    share = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]  # time, row, column
+    angles = []
+    for axis, count in enumerate(share):
+        frequency = base ** (-torch.arange(count, device=position.device) / count)  # 1 ... 1/base
+        angles.append(position[..., axis, None].float() * frequency)
+    angle = torch.cat(angles, dim=-1)[:, :, None]  # [B, L, 1, head/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels by its angle: x [B, L, heads, head] (RoPE, equation 34)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+def clips_by_length(sample_id: Tensor) -> list[Tensor]:
+    """Where the clips' tokens are: sample_id [B, L] -> one index [clips, n] into B x L for each length n.
+
+    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2, and clips of
+    equal length go together as one batch. Padding (-1) is in no group: nothing sees it.
+    """
+    flat = sample_id.flatten()
+    order = torch.argsort(flat, stable=True)
+    order = order[(flat < 0).sum() :]  # tokens sorted by clip, in their order
+    length = torch.bincount(flat[flat >= 0])  # [clips]
+    start = length.cumsum(0) - length
+    groups = []
+    for n in length.unique().tolist():
+        first = start[length == n]  # [clips of this length]
+        groups.append(order[first[:, None] + torch.arange(n, device=flat.device)])  # [clips, n]
+    return groups
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Tensor]) -> Tensor:
+    """Full attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
+    B, L = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B L, heads, head]
+    places, outputs = [], []
+    for index in groups:  # [clips, n]
+        a = [x[index].transpose(1, 2) for x in (q, k, v)]  # [clips, heads, n, head] each
+        outputs.append(F.scaled_dot_product_attention(*a).transpose(1, 2).flatten(0, 1))
+        places.append(index.flatten())
+    out = torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(outputs))
+    return out.unflatten(0, (B, L))
+
+
+# ---------------------------------------------------------------------------------------- the network
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each between adaLN's scale and shift and adaLN's gate (DiT, figure 3)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.merge = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)  # the Zero of adaLN-Zero
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, c: Tensor, frame_id: Tensor, cos: Tensor, sin: Tensor, groups: list) -> Tensor:
+        """x [B, L, d], c [F, d] -> [B, L, d]."""
+        d = x.shape[-1]
+        table = self.modulation(c)  # [F, 6 d]
+        shift1, scale1, gate1, shift2, scale2, gate2 = F.embedding(frame_id, table).chunk(6, dim=-1)  # [B, L, d]
+        h = modulate(F.layer_norm(x, (d,)), shift1, scale1)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, heads, head]
+        q, k = (rotate(F.rms_norm(y, y.shape[-1:]), cos, sin) for y in (q, k))  # unit length: no blow-up
+        h = packed_attention(q, k, v, groups).flatten(2)  # [B, L, d]
+        x = x + gate1 * self.merge(h)
+        h = modulate(F.layer_norm(x, (d,)), shift2, scale2)
+        return x + gate2 * self.down(F.gelu(self.up(h)))
+
+
+class DiT(nn.Module):
+    """A denoiser for packed clips. `layout` is anything with the fields of `patches.Packed`:
+
+    text [B, L] (-1 where not text), position [B, L, 3], sample_id [B, L] (-1 where padded),
+    frame_id [B, L] into the F latent frames, frame_clip [F].
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config, d = config, config.width
+        self.read = nn.Linear(config.inputs, d)
+        self.words = nn.Embedding(config.vocabulary, d)
+        self.level = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.caption = nn.Linear(d, d)
+        self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
+        self.modulation = nn.Linear(d, 2 * d)
+        self.write = nn.Linear(d, config.inputs)
+        for layer in (self.modulation, self.write):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
+        """tokens [B, L, D], level [F] -> the prediction [B, L, D] (only patches' places mean anything)."""
+        is_text = layout.text >= 0  # [B, L]
+        words = self.words(layout.text.clamp(min=0))  # [B, L, d]
+        x = torch.where(is_text[..., None], words, self.read(tokens))  # [B, L, d]
+
+        clips = int(layout.frame_clip[-1]) + 1
+        caption = self.caption(caption_mean(words, is_text, layout.sample_id, clips))  # [clips, d]
+        c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
+        c = F.silu(c)
+
+        cos, sin = rotary_angles(layout.position, self.config.width // self.config.heads, self.config.rope_base)
+        groups = clips_by_length(layout.sample_id)
+        for block in self.blocks:
+            x = block(x, c, layout.frame_id, cos, sin, groups)  # [B, L, d]
+
+        shift, scale = F.embedding(layout.frame_id, self.modulation(c)).chunk(2, dim=-1)  # [B, L, d]
+        return self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [B, L, D]

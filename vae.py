@@ -1,0 +1,215 @@
+"""A causal 3D VAE: compresses a video in time and space; an image is a one-frame video.
+
+The problem. A second of video is a million numbers, most of them predictable from their neighbours.
+The diffusion transformer should spend its tokens on what happens, not on pixels.
+
+The idea. An encoder makes a small latent grid of the video, a decoder makes the video from the grid
+(Kingma and Welling 2014, "Auto-encoding variational Bayes"; for video, the report's "video compression
+network"). Here one latent vector of Z numbers stands for a block of ft frames x fs x fs pixels:
+
+    video  [B, C, T, H, W]      T = 1 + ft (t - 1),  H = fs h,  W = fs w
+    latent [B, Z, t, h, w]      latent 0 is frame 0 alone, latent j is frames ft (j-1) + 1 .. ft j
+
+*Causal*: a latent frame depends on its own pixels and on the past, never on the future. Every
+convolution pads time on the left only, and what it pads with is the first frame again. That buys
+
+  * images: T = 1 is nothing special, it is a video that has not gone on yet;
+  * streaming: a convolution's last two inputs are all that the next chunk needs, so a long video is
+    encoded and decoded piece by piece, equal to doing it whole, in memory that does not grow;
+  * for the same reason no norm may pool over frames: RMS norm over channels, not group norm.
+
+The network works on the latent grid only: a linear map reads each block of pixels, causal 3D
+convolutions look at the neighbouring blocks, a linear map writes the block. Both halves also have a
+purely linear path around the convolutions (a learned PCA), which is good after seconds of training
+and leaves the convolutions only what is not linear. Big VAEs (Wan 2.1, CogVideoX) convolve at full
+resolution first; that costs many times more, and buys textures that moving digits don't have.
+
+Alphabet: capitals are pixels (B, C, T, H, W), small letters the latent grid (Z channels, t, h, w).
+
+Run `python vae.py` to see a VAE learn to compress bouncing squares in a few seconds.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class VAEConfig:
+    colors: int = 1  # C
+    channels: int = 20  # Z
+    time_factor: int = 4  # ft: frames a latent
+    space_factor: int = 8  # fs: pixels a latent, in each direction
+    width: int = 128
+    encoder_depth: int = 2
+    decoder_depth: int = 3
+    kl: float = 1e-4  # weight of the KL term; small, since the diffusion model only needs roughly unit latents
+
+
+# ------------------------------------------------------------------------------- pixels <-> blocks
+
+
+def to_blocks(video: Tensor, ft: int, fs: int) -> Tensor:
+    """video [B, C, ft t, ft h, fs w] -> [B, C ft fs fs, t, h, w]: each block of pixels in one vector."""
+    B, C, T, H, W = video.shape
+    x = video.reshape(B, C, T // ft, ft, H // fs, fs, W // fs, fs)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # [B, C, ft, fs, fs, t, h, w]
+    return x.reshape(B, C * ft * fs * fs, T // ft, H // fs, W // fs)
+
+
+def from_blocks(blocks: Tensor, ft: int, fs: int) -> Tensor:
+    """The mirror: [B, C ft fs fs, t, h, w] -> [B, C, ft t, fs h, fs w]."""
+    B, D, t, h, w = blocks.shape
+    x = blocks.reshape(B, D // (ft * fs * fs), ft, fs, fs, t, h, w)
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, C, t, ft, h, fs, w, fs]
+    return x.reshape(B, -1, t * ft, h * fs, w * fs)
+
+
+# --------------------------------------------------------------------------------------- the network
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3 x 3 x 3 convolution that sees two frames of the past and none of the future."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> the same, and the next past."""
+        if past is None:
+            past = x[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame there was the first frame
+        x = torch.cat([past, x], dim=2)  # [B, D, 2 + t, h, w]
+        return super().forward(x), x[:, :, -2:]
+
+
+class Block(nn.Module):
+    """x + what a causal convolution and a pointwise map make of it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(width, 1, 1, 1))
+        self.conv = CausalConv3d(width)
+        self.out = nn.Conv3d(width, width, 1)
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, past = self.conv(rms_norm(x) * self.norm, past)
+        return x + self.out(F.gelu(h)), past
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Over channels only: every position of every frame is normalised alone."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
+
+
+class Half(nn.Module):
+    """Encoder and decoder are the same stack: linear in, causal blocks, linear out, linear path around."""
+
+    def __init__(self, inputs: int, width: int, depth: int, outputs: int):
+        super().__init__()
+        self.read = nn.Conv3d(inputs, width, 1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.write = nn.Conv3d(width, outputs, 1)
+        self.around = nn.Conv3d(inputs, outputs, 1)
+        nn.init.zeros_(self.write.weight)  # training starts from the linear path alone
+        nn.init.zeros_(self.write.bias)
+
+    def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
+        """x [B, inputs, t, h, w] -> [B, outputs, t, h, w], and the cache that the next chunk needs."""
+        cache = cache or [None] * len(self.blocks)
+        h = self.read(x)
+        for i, block in enumerate(self.blocks):
+            h, past = block(h, cache[i])
+            cache = cache[:i] + [past] + cache[i + 1 :]
+        return self.around(x) + self.write(rms_norm(h)), cache
+
+
+class VAE(nn.Module):
+    """Pixels to standardised latents and back. `mean` and `std` belong to the VAE and are saved with it."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = c = config
+        pixels = c.colors * c.time_factor * c.space_factor**2
+        self.encoder = Half(pixels, c.width, c.encoder_depth, 2 * c.channels)
+        self.decoder = Half(c.channels, c.width, c.decoder_depth, pixels)
+        self.register_buffer("mean", torch.zeros(c.channels, 1, 1, 1))
+        self.register_buffer("std", torch.ones(c.channels, 1, 1, 1))
+
+    def grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
+        """The latent grid (t, h, w) of a video's size. ValueError says what sizes would do."""
+        ft, fs = self.config.time_factor, self.config.space_factor
+        if (T - 1) % ft or T < 1:
+            raise ValueError(f"{T} frames: the VAE takes 1 + {ft} k frames (1, {1 + ft}, {1 + 2 * ft}, ...)")
+        if H % fs or W % fs or min(H, W) < fs:
+            raise ValueError(f"{H} x {W} pixels: the VAE takes multiples of {fs} pixels")
+        return 1 + (T - 1) // ft, H // fs, W // fs
+
+    # Encoding: a posterior N(mu, sigma^2) for each latent number.
+
+    def posterior(self, video: Tensor, cache: list | None = None) -> tuple[Tensor, Tensor, list]:
+        """video [B, C, T, H, W] in [-1, 1] -> mu and log sigma^2, each [B, Z, t, h, w], and the cache."""
+        ft, fs = self.config.time_factor, self.config.space_factor
+        if cache is None:  # frame 0 gets a block of its own: itself, ft times
+            self.grid(*video.shape[2:])
+            video = torch.cat([video[:, :, :1].expand(-1, -1, ft - 1, -1, -1), video], dim=2)
+        h, cache = self.encoder(to_blocks(video, ft, fs), cache)
+        mu, log_var = h.chunk(2, dim=1)
+        return mu, log_var.clamp(-20, 10), cache
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, C, T, H, W] in [-1, 1] -> standardised latent [B, Z, t, h, w] (the posterior's mean)."""
+        return (self.posterior(video)[0] - self.mean) / self.std
+
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Encode a video that arrives in chunks: the first of 1 + ft k frames, later ones of ft k."""
+        cache = None
+        for chunk in chunks:
+            mu, _, cache = self.posterior(chunk, cache)
+            yield (mu - self.mean) / self.std
+
+    # Decoding: squared error makes the decoder's output the expected video.
+
+    def reconstruct(self, z: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
+        """unstandardised z [B, Z, t, h, w] -> video [B, C, T, H, W], not clipped, and the cache."""
+        ft, fs = self.config.time_factor, self.config.space_factor
+        first = cache is None
+        blocks, cache = self.decoder(z, cache)
+        video = from_blocks(blocks, ft, fs)  # [B, C, ft t, H, W]
+        return (video[:, :, ft - 1 :] if first else video), cache
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """standardised latent [B, Z, t, h, w] -> video [B, C, T, H, W] in [-1, 1]."""
+        return self.reconstruct(latent * self.std + self.mean)[0].clamp(-1, 1)
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latents that arrive in chunks of any number of latent frames."""
+        cache = None
+        for chunk in chunks:
+            video, cache = self.reconstruct(chunk * self.std + self.mean, cache)
+            yield video.clamp(-1, 1)
+
+    # Training.
+
+    def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Kingma and Welling 2014, equation 10, with a Gaussian decoder: squared error + KL.
+
+        Squared, not absolute: most pixels are black, and the median of every pixel is black.
+        noise: standard normal, [B, Z, t, h, w] (handed in, so that a step is a function of its seed).
+        """
+        mu, log_var, _ = self.posterior(video)
+        z = mu + (0.5 * log_var).exp() * noise
+        error = (self.reconstruct(z)[0] - video).float().square().mean()
+        kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).float().mean()
+        psnr = 10 * torch.log10(4 / error.detach())  # peak to peak is 2
+        return error + self.config.kl * kl, {"psnr": psnr.item(), "kl": kl.item()}
+
+    @torch.no_grad()
+    def measure_statistics(self, videos: Iterable[Tensor]) -> None:
+        """Set `mean` and `std` of each channel, from the latents of some training videos."""
+        mu = [self.posterior(v)[0].transpose(0, 1).flatten(1) for v in videos]  # [Z, numbers] each
+        mu = torch.cat(mu, dim=1).double()
+        self.mean.copy_(mu.mean(1).view(-1, 1, 1, 1))
+        self.std.copy_(mu.std(1).clamp(min=1e-6).view(-1, 1, 1, 1))
