@@ -154,18 +154,21 @@ def sample(
     levels: Tensor,
     eta: float = 0.0,
     prediction: str = "x",
-    generator: torch.Generator | None = None,
+    generators: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Follow a table of levels from noise to a clean clip.
 
     x: the clip at levels[0], already noised. levels [steps + 1, ...]: each row broadcasts against x,
     and never rises. Where the level doesn't fall, x stays bit for bit what it was: given frames.
-    eta: 0 DDIM, 1 DDPM ancestral. denoise(x, level) -> the network's output.
+    eta: 0 DDIM, 1 DDPM ancestral, whose fresh noise comes from a generator for each clip x[k], so that
+    a clip does not depend on its batch. denoise(x, level) -> the network's output.
     """
     if (levels[1:] > levels[:-1]).any():
         raise ValueError("levels must never rise from one step to the next")
     for level, to in zip(levels[:-1], levels[1:], strict=True):
         clean = to_clean(denoise(x, level), x, level, prediction)
-        fresh = torch.randn(x.shape, generator=generator).to(x) if eta else torch.zeros_like(x)
+        fresh = torch.zeros_like(x)
+        if eta:
+            fresh = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
         x = torch.where(to < level, step(x, clean, level, to, eta, fresh), x)
     return x

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 @dataclass
 class DiTConfig:
-    inputs: int = 20  # D: numbers a patch
+    inputs: int = 44  # numbers a patch that go in: the noisy latent, what is given of it, and the mask
+    outputs: int = 20  # D: numbers a patch that come out: the clean latent
     vocabulary: int = 512  # how many ids a caption token can have
     width: int = 256  # d
     depth: int = 8
@@ -173,13 +174,13 @@ class DiT(nn.Module):
         self.caption = nn.Linear(d, d)
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(d, 2 * d)
-        self.write = nn.Linear(d, config.inputs)
+        self.write = nn.Linear(d, config.outputs)
         for layer in (self.modulation, self.write):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
-        """tokens [B, L, D], level [F] -> the prediction [B, L, D] (only patches' places mean anything)."""
+        """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs] (only patches' places mean anything)."""
         is_text = layout.text >= 0  # [B, L]
         words = self.words(layout.text.clamp(min=0))  # [B, L, d]
         x = torch.where(is_text[..., None], words, self.read(tokens))  # [B, L, d]
