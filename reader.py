@@ -95,7 +95,7 @@ def augment(x: Tensor) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(x))
 
-    bend = torch.eye(2, 3) + 0.2 * torch.empty(len(x), 2, 3).uniform_(-1, 1)  # all of the first four
+    bend = torch.eye(2, 3) + 0.2 * torch.empty(len(x), 2, 3).uniform_(-1, 1)  # the first four
     x = F.grid_sample(x, F.affine_grid(bend, list(x.shape), False), align_corners=False)
     kernel = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])[None, None] / 16
     blurred = F.conv2d(F.conv2d(x, kernel, padding=1), kernel, padding=1)
@@ -117,7 +117,7 @@ def sprite_windows(sprites: np.ndarray) -> Tensor:
 
 
 def train_classifier(
-    sprites: np.ndarray, labels: np.ndarray, seed: int = 0, epochs: int = 16
+    sprites: np.ndarray, labels: np.ndarray, seed: int = 0, epochs: int = 12
 ) -> nn.Module:
     """Train on sprites [N, digit, digit] uint8. The same seed gives the same network."""
     x, y = sprite_windows(sprites), torch.from_numpy(labels)
@@ -254,17 +254,28 @@ def track_two(ink: np.ndarray, digit: int, fastest: int) -> np.ndarray:
     return np.stack([*before[::-1], centres, *after])
 
 
+def pictures(ink: np.ndarray, tracks: np.ndarray, k: int, digit: int) -> list[np.ndarray]:
+    """Windows [S, S] of digit k without the other one: those of the frames where they are apart.
+
+    On a small canvas there may be none. Then one picture is made of all frames: a digit's ink moves
+    with it, so that what the windows along its track have in common is the digit alone.
+    """
+    apart = np.abs(tracks[:, 0] - tracks[:, 1]).max(1) >= digit
+    if not apart.any():
+        windows = [window(ink[t], tracks[t, k], digit) for t in range(len(ink))]
+        return [np.quantile(windows, 0.1, axis=0)]  # not the darkest: generated digits tremble
+    alone = {t: ink[t] * owner(ink[t].shape, tracks[t, [k, 1 - k]]) for t in np.flatnonzero(apart)}
+    return [window(frame, tracks[t, k], digit) for t, frame in alone.items()]
+
+
 def read_two(clip: np.ndarray, network: nn.Module, digit: int, fastest: int = 2) -> dict:
-    """What a clip of two digits shows: which, each named by the mean over all frames where they are
-    apart (or the frame where they are nearest to that), and the direction of each."""
+    """What a clip of two digits shows: which, each named by the mean over its pictures; and the
+    direction of each. A digit without ink reads as -1."""
     ink = to_ink(clip)
     tracks = track_two(ink, digit, fastest)
-    distance = np.abs(tracks[:, 0] - tracks[:, 1]).max(1)
-    looks = np.flatnonzero(distance >= min(digit, distance.max()))
     seen = []
     for k in (0, 1):
-        alone = {t: ink[t] * owner(ink[t].shape, tracks[t][[k, 1 - k]]) for t in looks}
-        windows = [window(alone[t], tracks[t, k], digit) for t in looks]
+        windows = pictures(ink, tracks, k, digit)
         visible = np.mean([w.sum() for w in windows]) > SPECK * digit**2
         seen.append(int(classify(network, windows).mean(0).argmax()) if visible else -1)
     return {"digits": seen, "directions": [heading(tracks[:, k]) for k in (0, 1)]}
