@@ -123,7 +123,8 @@ class WorldConfig:
     durations: tuple[int, ...] = (9, 17)  # of videos
     images: float = 0.4  # the share of clips that are single frames
     shapes: tuple[tuple[int, int], ...] = ((32, 32), (24, 40), (40, 24), (32, 48), (48, 32))
-    two_digits: float = 0.3  # the share of clips with two digits
+    image_shapes: tuple[tuple[int, int], ...] = ((16, 16), (24, 24))  # more shapes, of images only
+    two_digits: float = 0.3  # the share of clips with two digits, where two have room side by side
     speeds: tuple[int, ...] = (1, 2)
 
 
@@ -141,11 +142,13 @@ class World:
         `images` overrides the share of single frames.
         """
         u = hashed_uniform(self.seed, index, 2)
-        durations, shapes = np.array(self.config.durations), np.array(self.config.shapes)
+        c = self.config
+        durations, shapes = np.array(c.durations), np.array(c.shapes + c.image_shapes)
         images = self.config.images if images is None else images
         video = (u[:, 0] - images) / max(1 - images, 1e-9)  # in [0, 1) for what is not an image
         T = np.where(video < 0, 1, durations[(video.clip(0) * len(durations)).astype(int)])
-        return np.column_stack([T, shapes[(u[:, 1] * len(shapes)).astype(int)]])
+        choice = np.where(T == 1, len(shapes), len(c.shapes))  # the image shapes come last
+        return np.column_stack([T, shapes[(u[:, 1] * choice).astype(int)]])
 
     def facts(self, index, size):
         """What happens in clips `index` [n] of `size` [n, 3]; the arrays are [n, 2], a column a digit:
@@ -157,7 +160,8 @@ class World:
         room = np.asarray(size)[:, None, 1:] - digit  # [n, 1, 2]: how far a box can travel
         if (room < 0).any():
             raise ValueError(f"a digit of {digit} pixels does not fit into a canvas of {np.min(size[:, 1:])}")
-        present = np.stack([np.ones(n, bool), u[:, 0] < self.config.two_digits], axis=1)
+        second = (u[:, 0] < self.config.two_digits) & (room.max((1, 2)) >= digit)
+        present = np.stack([np.ones(n, bool), second], axis=1)
         pick = u[:, 1:7].reshape(n, 2, 3)  # sprite, direction, speed of either digit
         sprite = (pick[..., 0] * len(self.labels)).astype(int)
         direction = np.array(list(DIRECTIONS.values()))[(pick[..., 1] * 4).astype(int)]  # [n, 2, 2]
@@ -190,15 +194,19 @@ class World:
         """
         index = np.asarray(index)
         size = self.size(index) if size is None else np.broadcast_to(np.asarray(size), (len(index), 3))
-        clips, facts = [None] * len(index), [None] * len(index)
+        clips, known = [None] * len(index), self.facts(index, size)
         for one in np.unique(size, axis=0):  # a group of equal size is rendered at once
             group = np.flatnonzero((size == one).all(1))
-            known = self.facts(index[group], size[group])
-            pixels = self.render(known, one)
+            pixels = self.render({name: value[group] for name, value in known.items()}, one)
             for k, g in enumerate(group):
                 clips[g] = pixels[k]
-                facts[g] = self.describe({name: value[k] for name, value in known.items()}, one)
-        return clips, facts
+        return clips, self.all_facts(index, size)
+
+    def all_facts(self, index, size):
+        """The facts of clips, in words, without rendering them: a list of what `describe` makes."""
+        known = self.facts(index, size)
+        one = [{name: value[k] for name, value in known.items()} for k in range(len(index))]
+        return [self.describe(facts, s) for facts, s in zip(one, size, strict=True)]
 
     def render(self, facts, size):
         """facts of n clips of one size (T, H, W) -> pixels [n, 1, T, H, W] uint8."""

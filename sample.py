@@ -16,6 +16,7 @@ on nothing else: it is the same clip alone, in a batch and tomorrow.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,13 @@ MOST_WORDS = 256  # a caption longer than this is a mistake
 
 @dataclass
 class Run:
-    """All that sampling needs. `config` is the run's config.json."""
+    """All that sampling needs: two networks and a tokenizer; the world that they were trained on and
+    the flags of the training, as plain dicts."""
 
     vae: VAE
     dit: DiT
     tokenizer: Tokenizer
+    world: dict
     config: dict
 
     @property
@@ -77,31 +80,56 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     vae.load_state_dict(saved["vae"]["ema"])
     dit = DiT(DiTConfig(**saved["dit"]["model"])).to(device).eval()
     dit.load_state_dict(saved["dit"]["ema"])
-    return Run(vae, dit, Tokenizer(saved["dit"]["words"]), saved["dit"]["config"])
+    more = saved["dit"]
+    return Run(vae, dit, Tokenizer(more["words"]), more["world"], more["config"])
 
 
 # ------------------------------------------------------------------------------------------ sampling
 
 
-def packed_denoiser(run: Run, captions: list[list[int]], grid: tuple[int, int, int]):
+def packed_denoiser(
+    run: Run, captions: list[list[int]], grid: tuple[int, int, int], given: Tensor | None = None
+) -> Callable:
     """A callable for `diffusion.sample` over latents x [N, Z, t, h, w] of one size, a clip a row.
 
-    level broadcasts as [N or 1, 1, t or 1, 1, 1].
+    level broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what `encode_given` made, if anything.
     """
     p, Z = run.config["patch"], run.vae.config.channels
     length = max(map(len, captions)) + patches.token_count(grid, p)
     blank = [torch.zeros(Z, *grid, device=run.device)] * len(captions)
     layout = patches.pack(blank, captions, p, length, rows=[[k] for k in range(len(captions))])
+    if given is None:
+        given = torch.zeros(len(captions), Z + run.vae.config.time_factor, *grid, device=run.device)
 
     def denoise(x: Tensor, level: Tensor) -> Tensor:
-        tokens = torch.zeros_like(layout.tokens)
-        tokens[layout.is_patch] = patches.patchify(x, p).flatten(0, 1)  # [N n, D]: rows in clip order
+        shown = patches.patchify(torch.cat([x, given], dim=1), p).flatten(0, 1)  # [N n, inputs]
+        tokens = shown.new_zeros(*layout.text.shape, shown.shape[-1])
+        tokens[layout.is_patch] = shown  # rows are in clip order
         levels = level.expand(len(x), 1, grid[0], 1, 1).flatten(1)  # [N, t]
         table = patches.frame_levels(layout, list(levels))  # [F]
         output = run.dit(tokens, table, layout)  # [N, L, D]
         return torch.stack(patches.unpack(output, layout))  # [N, Z, t, h, w]
 
     return denoise
+
+
+def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network is shown of given frames: video [B, C, T, H, W], known [B, T] bool ->
+
+    given [B, Z + ft, t, h, w]: latents of the video with all that is not given blanked, and a mask
+    that says which of the ft frames of each latent are given (latent 0 has but one, which fills all);
+    whole [B, t] bool: latent frames all of whose frames are given.
+
+    Blanked, since a latent looks into the past: the latents of a given *ending*, cut from the whole
+    clip, would tell what came before it, and training would teach the network to read it there.
+    """
+    ft = vae.config.time_factor
+    blanked = torch.where(known[:, None, :, None, None], video, -1.0)  # black
+    latent = vae.encode(blanked)  # [B, Z, t, h, w]
+    frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
+    frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
+    mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
+    return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
 
 
 @torch.no_grad()

@@ -10,15 +10,15 @@ network"). Here one latent vector of Z numbers stands for a block of ft frames x
     video  [B, C, T, H, W]      T = 1 + ft (t - 1),  H = fs h,  W = fs w
     latent [B, Z, t, h, w]      latent 0 is frame 0 alone, latent j is frames ft (j-1) + 1 .. ft j
 
-*Causal*: a latent frame depends on its own pixels and on the past, never on the future. Every
-convolution pads time on the left only, and what it pads with is the first frame again. That buys
+*Causal*: a latent frame depends on its own pixels and on the past, never on the future. A convolution
+in time pads on the left only, and what it pads with is the first frame again. That buys
 
   * images: T = 1 is nothing special, it is a video that has not gone on yet;
   * streaming: a convolution's last two inputs are all that the next chunk needs, so a long video is
     encoded and decoded piece by piece, equal to doing it whole, in memory that does not grow;
   * for the same reason no norm may pool over frames: RMS norm over channels, not group norm.
 
-The network works on the latent grid only: a linear map reads each block of pixels, causal 3D
+The network works on the latent grid only: a linear map reads each block of pixels, causal
 convolutions look at the neighbouring blocks, a linear map writes the block. Both halves also have a
 purely linear path around the convolutions (a learned PCA), which is good after seconds of training
 and leaves the convolutions only what is not linear. Big VAEs (Wan 2.1, CogVideoX) convolve at full
@@ -29,6 +29,7 @@ Alphabet: capitals are pixels (B, C, T, H, W), small letters the latent grid (Z 
 Run `python vae.py` to see a VAE learn to compress bouncing squares in a few seconds.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -40,13 +41,13 @@ from torch import Tensor, nn
 @dataclass
 class VAEConfig:
     colors: int = 1  # C
-    channels: int = 20  # Z
+    channels: int = 4  # Z
     time_factor: int = 4  # ft: frames a latent
-    space_factor: int = 8  # fs: pixels a latent, in each direction
-    width: int = 128
+    space_factor: int = 4  # fs: pixels a latent, in each direction
+    width: int = 64
     encoder_depth: int = 2
     decoder_depth: int = 3
-    kl: float = 1e-4  # weight of the KL term; small, since the diffusion model only needs roughly unit latents
+    kl: float = 1e-3  # weight of the KL term; small, since the diffusion model only needs roughly unit latents
 
 
 # ------------------------------------------------------------------------------- pixels <-> blocks
@@ -71,32 +72,44 @@ def from_blocks(blocks: Tensor, ft: int, fs: int) -> Tensor:
 # --------------------------------------------------------------------------------------- the network
 
 
-class CausalConv3d(nn.Conv3d):
-    """A 3 x 3 x 3 convolution that sees two frames of the past and none of the future."""
+class Conv(nn.Module):
+    """A convolution over [B, D, t, h, w] that sees rows and columns around it, and the past in time."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=(0, 1, 1))
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int]):
+        super().__init__()
+        self.kernel = kernel
+        fan_in = inputs * math.prod(kernel)
+        # Kept as a matrix, since that is what it is to an optimizer such as Muon.
+        self.weight = nn.Parameter(torch.randn(outputs, fan_in) * fan_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> the same, and the next past."""
-        if past is None:
-            past = x[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame there was the first frame
-        x = torch.cat([past, x], dim=2)  # [B, D, 2 + t, h, w]
-        return super().forward(x), x[:, :, -2:]
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, inputs, t, h, w] -> [B, outputs, t + 1 - kernel in time, h, w]."""
+        weight = self.weight.unflatten(1, (-1, *self.kernel))  # [outputs, inputs, kt, kh, kw]
+        return F.conv3d(x, weight, self.bias, padding=(0, self.kernel[1] // 2, self.kernel[2] // 2))
 
 
 class Block(nn.Module):
-    """x + what a causal convolution and a pointwise map make of it."""
+    """x + what a convolution in space, one in time and a pointwise map make of it.
+
+    A 3 x 3 x 3 convolution in two steps, 1 x 3 x 3 and 3 x 1 x 1 (Tran et al. 2018, "R(2+1)D"): a
+    third of the work, and a non-linearity between them.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(width, 1, 1, 1))
-        self.conv = CausalConv3d(width)
-        self.out = nn.Conv3d(width, width, 1)
+        self.space = Conv(width, width, (1, 3, 3))
+        self.time = Conv(width, 2 * width, (3, 1, 1))
+        self.out = Conv(2 * width, width, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        h, past = self.conv(rms_norm(x) * self.norm, past)
-        return x + self.out(F.gelu(h)), past
+        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> the same, and the next past."""
+        h = F.gelu(self.space(rms_norm(x) * self.norm))  # [B, D, t, h, w]
+        if past is None:
+            past = h[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame was the first frame
+        h = torch.cat([past, h], dim=2)  # [B, D, 2 + t, h, w]
+        return x + self.out(F.gelu(self.time(h))), h[:, :, -2:]
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -109,12 +122,11 @@ class Half(nn.Module):
 
     def __init__(self, inputs: int, width: int, depth: int, outputs: int):
         super().__init__()
-        self.read = nn.Conv3d(inputs, width, 1)
+        self.read = Conv(inputs, width, (1, 1, 1))
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.write = nn.Conv3d(width, outputs, 1)
-        self.around = nn.Conv3d(inputs, outputs, 1)
+        self.write = Conv(width, outputs, (1, 1, 1))
+        self.around = Conv(inputs, outputs, (1, 1, 1))
         nn.init.zeros_(self.write.weight)  # training starts from the linear path alone
-        nn.init.zeros_(self.write.bias)
 
     def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
         """x [B, inputs, t, h, w] -> [B, outputs, t, h, w], and the cache that the next chunk needs."""
@@ -192,6 +204,9 @@ class VAE(nn.Module):
             yield video.clamp(-1, 1)
 
     # Training.
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return self.loss(video, noise)  # what a wrapper such as DDP calls
 
     def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Kingma and Welling 2014, equation 10, with a Gaussian decoder: squared error + KL.
