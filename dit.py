@@ -59,7 +59,7 @@ def fourier_features(level: Tensor, width: int) -> Tensor:
 
 
 def caption_mean(words: Tensor, is_text: Tensor, sample_id: Tensor, clips: int) -> Tensor:
-    """The mean of each clip's caption tokens: words [B, L, d] -> [clips, d]."""
+    """The mean of each clip's caption tokens: words [N, d] -> [clips, d]."""
     owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
     total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words[is_text])
     return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
@@ -69,7 +69,7 @@ def caption_mean(words: Tensor, is_text: Tensor, sample_id: Tensor, clips: int) 
 
 
 def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
-    """position [B, L, 3] -> cos and sin [B, L, 1, head/2].
+    """position [N, 3] -> cos and sin [N, 1, head/2].
 
     A quarter of the pairs turns with time, three eighths each with rows and columns (as CogVideoX).
     """
@@ -79,48 +79,54 @@ def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Ten
     for axis, count in enumerate(share):
         frequency = base ** (-torch.arange(count, device=position.device) / count)  # 1 ... 1/base
         angles.append(position[..., axis, None].float() * frequency)
-    angle = torch.cat(angles, dim=-1)[:, :, None]  # [B, L, 1, head/2]
+    angle = torch.cat(angles, dim=-1)[:, None]  # [N, 1, head/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels by its angle: x [B, L, heads, head] (RoPE, equation 34)."""
+    """Turn each pair of channels by its angle: x [N, heads, head] (RoPE, equation 34)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+    cos, sin = cos.type_as(x), sin.type_as(x)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------ attention
 
 
-def clips_by_length(sample_id: Tensor) -> list[Tensor]:
-    """Where the clips' tokens are: sample_id [B, L] -> one index [clips, n] into B x L for each length n.
+def clips_by_length(sample_id: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Sort the tokens so that clips of equal length lie side by side: sample_id [B, L] ->
 
-    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2, and clips of
-    equal length go together as one batch. Padding (-1) is in no group: nothing sees it.
+    order [N]: the places among B x L of the N real tokens, whole clips, the shortest first;
+    groups: (how many clips, their length n) from the shortest on. Padding (-1) is in no group.
     """
     flat = sample_id.flatten()
-    order = torch.argsort(flat, stable=True)
-    order = order[(flat < 0).sum() :]  # tokens sorted by clip, in their order
     length = torch.bincount(flat[flat >= 0])  # [clips]
-    start = length.cumsum(0) - length
-    groups = []
-    for n in length.unique().tolist():
-        first = start[length == n]  # [clips of this length]
-        groups.append(order[first[:, None] + torch.arange(n, device=flat.device)])  # [clips, n]
-    return groups
+    key = torch.where(flat < 0, -1, length[flat] * len(length) + flat)  # by length, then by clip
+    order = torch.argsort(key, stable=True)[(flat < 0).sum() :]  # [N]
+    n, clips = length[length > 0].unique(return_counts=True)
+    return order, list(zip(clips.tolist(), n.tolist(), strict=True))
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Tensor]) -> Tensor:
-    """Full attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
-    B, L = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B L, heads, head]
-    places, outputs = [], []
-    for index in groups:  # [clips, n]
-        a = [x[index].transpose(1, 2) for x in (q, k, v)]  # [clips, heads, n, head] each
-        outputs.append(F.scaled_dot_product_attention(*a).transpose(1, 2).flatten(0, 1))
-        places.append(index.flatten())
-    out = torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(outputs))
-    return out.unflatten(0, (B, L))
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """Full attention inside each clip: q, k, v [N, heads, head] -> [N, heads, head].
+
+    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2, and clips of
+    equal length go together as one batch.
+    """
+    sizes, outputs = [clips * n for clips, n in groups], []
+    parts = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+    for (clips, n), part in zip(groups, parts, strict=True):
+        a = [x.unflatten(0, (clips, n)).transpose(1, 2) for x in part]  # [clips, heads, n, head]
+        outputs.append(attend(*a).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head)) v: [..., n, head]. PyTorch's fused kernel never holds the n x n
+    matrix, which is what long clips need. For short ones on a CPU, holding it is four times faster."""
+    if q.is_cuda or q.shape[-2] > 512:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -144,15 +150,17 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)  # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, c: Tensor, frame_id: Tensor, cos: Tensor, sin: Tensor, groups: list) -> Tensor:
-        """x [B, L, d], c [F, d] -> [B, L, d]."""
+    def forward(
+        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple[Tensor, Tensor], groups: list
+    ) -> Tensor:
+        """x [N, d], c [F, d], frame_id [N] -> [N, d]."""
         d = x.shape[-1]
-        table = self.modulation(c)  # [F, 6 d]
-        shift1, scale1, gate1, shift2, scale2, gate2 = F.embedding(frame_id, table).chunk(6, dim=-1)  # [B, L, d]
+        table = F.embedding(frame_id, self.modulation(c))  # [N, 6 d]
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=-1)  # [N, d] each
         h = modulate(F.layer_norm(x, (d,)), shift1, scale1)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, heads, head]
-        q, k = (rotate(F.rms_norm(y, y.shape[-1:]), cos, sin) for y in (q, k))  # unit length: no blow-up
-        h = packed_attention(q, k, v, groups).flatten(2)  # [B, L, d]
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [N, heads, head]
+        q, k = (rotate(F.rms_norm(y, y.shape[-1:]), *turn) for y in (q, k))  # unit: no blow-up
+        h = packed_attention(q, k, v, groups).flatten(1)  # [N, d]
         x = x + gate1 * self.merge(h)
         h = modulate(F.layer_norm(x, (d,)), shift2, scale2)
         return x + gate2 * self.down(F.gelu(self.up(h)))
@@ -181,19 +189,24 @@ class DiT(nn.Module):
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
         """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs] (only patches' places mean anything)."""
-        is_text = layout.text >= 0  # [B, L]
-        words = self.words(layout.text.clamp(min=0))  # [B, L, d]
-        x = torch.where(is_text[..., None], words, self.read(tokens))  # [B, L, d]
+        order, groups = clips_by_length(layout.sample_id)  # [N]: the real tokens, padding left out
+        text, sample_id, frame_id, position, tokens = (
+            x.flatten(0, 1)[order]
+            for x in (layout.text, layout.sample_id, layout.frame_id, layout.position, tokens)
+        )
+        words = self.words(text.clamp(min=0))  # [N, d]
+        x = torch.where(text[:, None] >= 0, words, self.read(tokens))  # [N, d]
 
         clips = int(layout.frame_clip[-1]) + 1
-        caption = self.caption(caption_mean(words, is_text, layout.sample_id, clips))  # [clips, d]
+        caption = self.caption(caption_mean(words, text >= 0, sample_id, clips))  # [clips, d]
         c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
         c = F.silu(c)
 
-        cos, sin = rotary_angles(layout.position, self.config.width // self.config.heads, self.config.rope_base)
-        groups = clips_by_length(layout.sample_id)
+        turn = rotary_angles(position, self.config.width // self.config.heads, self.config.rope_base)
         for block in self.blocks:
-            x = block(x, c, layout.frame_id, cos, sin, groups)  # [B, L, d]
+            x = block(x, c, frame_id, turn, groups)  # [N, d]
 
-        shift, scale = F.embedding(layout.frame_id, self.modulation(c)).chunk(2, dim=-1)  # [B, L, d]
-        return self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [B, L, D]
+        shift, scale = F.embedding(frame_id, self.modulation(c)).chunk(2, dim=-1)  # [N, d]
+        x = self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [N, outputs]
+        full = x.new_zeros(layout.text.numel(), x.shape[-1]).index_copy(0, order, x)
+        return full.unflatten(0, layout.text.shape)  # [B, L, outputs]

@@ -64,24 +64,32 @@ def newest_run(root: str = "out") -> Path:
     return found[-1].parent
 
 
+def load_checkpoint(path: str | Path, device: str | torch.device) -> dict:
+    """Read one file of a run. Nothing is unpickled but tensors and plain values."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {path}: train there first, or name another folder")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        return saved | {"model": saved["model"], "ema": saved["ema"]}
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
+
+
+def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
+    saved = load_checkpoint(Path(folder, "vae.pt"), device)
+    vae = VAE(VAEConfig(**saved["model"])).to(device).eval().requires_grad_(False)
+    vae.load_state_dict(saved["ema"])
+    return vae
+
+
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read vae.pt and dit.pt (its EMA weights). Nothing is unpickled but tensors and plain values."""
+    """Read vae.pt and dit.pt (their EMA weights)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = {}
-    for name in ("vae", "dit"):
-        path = Path(folder, f"{name}.pt")
-        if not path.is_file():
-            raise FileNotFoundError(f"no {name}.pt in {folder}: train there first, or name another --run")
-        try:
-            saved[name] = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
-    vae = VAE(VAEConfig(**saved["vae"]["model"])).to(device).eval()
-    vae.load_state_dict(saved["vae"]["ema"])
-    dit = DiT(DiTConfig(**saved["dit"]["model"])).to(device).eval()
-    dit.load_state_dict(saved["dit"]["ema"])
-    more = saved["dit"]
-    return Run(vae, dit, Tokenizer(more["words"]), more["world"], more["config"])
+    saved = load_checkpoint(Path(folder, "dit.pt"), device)
+    dit = DiT(DiTConfig(**saved["model"])).to(device).eval().requires_grad_(False)
+    dit.load_state_dict(saved["ema"])
+    words = Tokenizer(saved["words"])
+    return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"])
 
 
 # ------------------------------------------------------------------------------------------ sampling

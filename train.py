@@ -3,23 +3,29 @@
     python train.py --preset tiny                          # moving MNIST on a laptop CPU
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
 
-A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8). The same
-command continues a run that was stopped. Progress is one integer, the step: data, noise and learning
-rate are functions of (seed, step, rank), so a continued run is bit for bit the run that was not
-interrupted, and no random state has to be saved.
+A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8). Progress
+is one integer, the step: data, noise and learning rate are functions of (seed, step, rank). So the
+same command continues a run that was stopped, bit for bit as if it had not been, and there is no
+random state to save.
 
-The order of this file: configuration, the two stages (each gives `loss(step)`), the loop that trains
-either, files on disk, the command line.
+In reading order: the configuration; what one step of each stage learns from, `loss(step)`; the one
+loop that trains either; files; the command line. A run's folder, out/<preset>, then holds
+
+    vae.pt  dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
+    log.jsonl         a line of figures every few steps; loss.png is its picture
+    samples/          clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
 """
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -38,67 +44,68 @@ from dit import DiT, DiTConfig
 from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 
+HERE = Path(__file__).parent
+
 # ------------------------------------------------------------------------------------ configuration
 
 
 @dataclass
 class Config:
-    """The defaults are those of `tiny`."""
+    """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
     stage: str = "all"  # vae, dit or all
-    out: str = ""  # the run's folder: out/<preset> if left out
-    mnist: str = ""  # a folder with MNIST's IDX files, instead of digits.png
+    out: str = ""  # the run's folder; out/<preset> if left out
+    mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
-    # the world
-    digit: int = 14  # a digit's box, in pixels
+    # the world (data.py)
+    digit: int = 14  # pixels; a digit's box
     durations: tuple[int, ...] = (9, 17)  # frames of videos
-    shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # HxW
+    shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.3  # the share of clips with two digits
-    images: float = 0.4  # the share of clips that are single frames
-    # the VAE
+    two_digits: float = 0.3  # share of the clips
+    images: float = 0.4  # share of the clips that are single frames
+    # the VAE (vae.py)
+    channels: int = 3
     time_factor: int = 4
     space_factor: int = 4
-    channels: int = 4
     vae_width: int = 64
     encoder_depth: int = 2
     decoder_depth: int = 3
     kl: float = 1e-3
     vae_steps: int = 1000
-    vae_batch: int = 8  # clips of the longest duration, or as many shorter ones as have as many pixels
+    vae_batch: int = 8  # clips a step, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
-    # the DiT
-    patch: int = 2  # the side of a patch, in latents
-    width: int = 256
-    depth: int = 8
+    # the diffusion transformer (dit.py)
+    patch: int = 2  # latents; the side of a patch
+    width: int = 192
+    depth: int = 6
     heads: int = 4
-    prediction: str = "x"
+    prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
     steps: int = 1500
     rows: int = 8  # of a batch, on each process
     tokens: int = 256  # in a row
     lr: float = 3e-3
-    image_phase: float = 0.3  # this share of the steps is on images only
-    dropout: float = 0.1  # of captions, for classifier-free guidance
-    given: float = 0.2  # the share of clips in which some frames are given
-    # both
+    image_phase: float = 0.4  # share of the steps, at the start, that see images only
+    dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
+    given: float = 0.2  # share of the clips in which some frames are given
+    # either training
+    warmup: float = 0.03  # share of the steps in which the learning rate rises
     ema: float = 0.99
-    warmup: float = 0.03  # the share of the steps in which the learning rate rises
-    clip: float = 1.0  # the gradient's norm is clipped to this
-    save_every: int = 200
-    sample_every: int = 500
+    clip: float = 1.0  # the most that the gradient's norm may be
+    save_every: int = 200  # steps
+    sample_every: int = 500  # steps
 
     def world(self) -> data.WorldConfig:
         shapes, more = (
-            tuple(tuple(map(int, s.split("x"))) for s in group)
+            tuple(tuple(int(side) for side in shape.split("x")) for shape in group)
             for group in (self.shapes, self.image_shapes)
         )
-        return data.WorldConfig(
-            self.digit, self.durations, self.images, shapes, more, self.two_digits
-        )
+        durations, images, two = self.durations, self.images, self.two_digits
+        return data.WorldConfig(self.digit, durations, images, shapes, more, two)
 
 
-# ------------------------------------------------------------------------------------------ machines
+# ----------------------------------------------------------------------------------- many processes
 
 
 def rank() -> int:
@@ -110,8 +117,16 @@ def ranks() -> int:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A generator for one purpose at one step on one rank."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    """Random numbers for one purpose, step and rank."""
+    state = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+# ------------------------------------------------------------------------------------ stage 1: the VAE
 
 
 def to_float(clips: list[np.ndarray]) -> Tensor:
@@ -119,244 +134,440 @@ def to_float(clips: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(clips)).float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------ stage 1: the VAE
-
-
-def vae_loss(model, world: data.World, config: Config, step: int, device):
-    """A step's loss of the VAE: clips of one size, drawn anew each step."""
-    T, H, W = world.size([step])[0]
-    if T == 1:  # images stay rare: videos contain them, as their first frames
-        T = 1 if step % 4 == 0 else max(config.durations)
-    area = np.mean([h * w for h, w in world.config.shapes])
-    count = max(1, round(config.vae_batch * max(config.durations) * area / (T * H * W)))
-    count = min(count, 4 * config.vae_batch)
-    index = (step * ranks() + rank()) * 4 * config.vae_batch + np.arange(count)
-    clips, _ = world.clips(index, (T, H, W))
-    video = to_float(clips)
-    grid = model_of(model).grid(T, H, W)
-    noise = torch.randn(count, config.channels, *grid, generator=seeded(config.seed, 1, step, rank()))
+def vae_loss(model: nn.Module, world: data.World, c: Config, step: int) -> tuple[Tensor, dict]:
+    """A batch of clips of one size, another one each step, in all as many pixels as there fit."""
+    every = 8  # videos have images in them: their first frames are images to a causal VAE
+    T, H, W = world.size([step], images=float(step % every == 0))[0].tolist()
+    largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
+    count = min(max(1, c.vae_batch * largest // (T * H * W)), 4 * c.vae_batch)
+    first = (step * ranks() + rank()) * 4 * c.vae_batch
+    video = to_float(world.clips(first + np.arange(count), (T, H, W))[0])  # [B, C, T, H, W]
+    grid = bare(model).grid(T, H, W)
+    noise = torch.randn(count, c.channels, *grid, generator=seeded(c.seed, 1, step, rank()))
+    device = bare(model).mean.device
     return model(video.to(device), noise.to(device))
-
-
-def model_of(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 # ------------------------------------------------------------------------------------ stage 2: the DiT
 
 
-def draw_known(T: int, kind: float, u: np.ndarray) -> np.ndarray:
-    """Which frames of a clip are given: [T] bool. `kind` and u [2 + T] are uniform in [0, 1)."""
-    known = np.zeros(T, bool)
-    if kind < 0.3:
-        known[0] = True  # animate an image
-    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:
-        known[: 1 + int(u[0] * (T - 1) / 1.5)] = True  # go on
-    if 0.5 <= kind < 0.9:
-        known[T - 1 - int(u[1] * (T - 1) / 1.5) :] = True  # what came before; with the above: connect
-    if kind >= 0.9:
-        known = u[2:] < u[0]  # any frames
+def draw_known(T: int, u: np.ndarray) -> np.ndarray:
+    """Which frames of a clip are given: [T] bool. u [3 + T] is uniform in [0, 1)."""
+    known, kind = np.zeros(T, bool), u[0]
+    some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
+    if kind < 0.3:  # animate an image
+        known[0] = True
+    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
+        known[: 1 + some[0]] = True
+    if 0.5 <= kind < 0.9:  # extend backward
+        known[T - 1 - some[1] :] = True
+    if kind >= 0.9:  # any frames
+        known = u[3:] < u[1]
     return known & (not known.all())
 
 
-@dataclass
-class Batch:
-    packed: patches.Packed
-    levels: Tensor  # [F]
-    learn: Tensor  # [B, L] bool: patches that are not given
-    clips: int
+def draw_clips(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int) -> tuple:
+    """The longest run of numbered clips that fits into a batch: their numbers [n], sizes [n, 3],
+    captions as ids, and which is in which row."""
+    most = c.rows * c.tokens // 10
+    index = (step * ranks() + rank()) * most + np.arange(most)
+    size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
+    captions = [data.short_caption(facts) for facts in world.all_facts(index, size)]
+    dropped = torch.rand(most, generator=seeded(c.seed, 2, step, rank())) < c.dropout
+    texts = [
+        [NOTHING] if drop else tokenizer.encode(caption)
+        for caption, drop in zip(captions, dropped, strict=True)
+    ]
+    counts = [patches.token_count(vae.grid(*s), c.patch) for s in size.tolist()]
+    lengths = [len(text) + count for text, count in zip(texts, counts, strict=True)]
+    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
+    n = sum(map(len, plan))
+    return index[:n], size[:n], texts[:n], plan + [[]] * (c.rows - len(plan))
 
 
 @torch.no_grad()
-def dit_batch(vae, tokenizer, world, config: Config, step: int, device) -> Batch:
-    """Draw clips, encode, choose what is given, pack."""
-    progress = step / config.steps
-    images = 1.0 if progress < config.image_phase else config.images
-    most = config.rows * config.tokens // 10
-    index = (step * ranks() + rank()) * most + np.arange(most)
-    size = world.size(index, images)
-    facts = world.all_facts(index, size)
-    generator = np.random.default_rng([config.seed, 2, step, rank()])
-    captions = [data.short_caption(f) for f in facts]
-    drop = generator.random(most) < config.dropout
-    texts = [[NOTHING] if d else tokenizer.encode(c) for c, d in zip(captions, drop, strict=True)]
-    grids = [vae.grid(*s) for s in size.tolist()]
-    lengths = [len(x) + patches.token_count(g, config.patch) for x, g in zip(texts, grids, strict=True)]
-    plan = patches.longest_prefix(lengths, config.tokens, config.rows)
-    plan += [[]] * (config.rows - len(plan))
-    n = sum(map(len, plan))
-    size = size[:n]
-    clips, _ = world.clips(index[:n], size)
-    extended, whole = [None] * n, [None] * n
-    for one in np.unique(size, axis=0):
-        group = np.flatnonzero((size == one).all(1))
-        video = to_float([clips[g] for g in group]).to(device)
-        latent = vae.encode(video)
-        known = np.zeros((len(group), one[0]), bool)
-        if one[0] > 1:
-            for k in np.flatnonzero(generator.random(len(group)) < config.given):
-                u = generator.random(3 + one[0])
-                known[k] = draw_known(one[0], u[0], u[1:])
-        if known.any():
-            given, full = sample.encode_given(vae, video, torch.from_numpy(known).to(device))
-            latent = torch.where(full[:, None, :, None, None], given[:, : config.channels], latent)
-        else:
-            given = latent.new_zeros(len(group), config.channels + config.time_factor, *latent.shape[2:])
-            full = torch.zeros(len(group), latent.shape[2], dtype=torch.bool, device=device)
+def dit_batch(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int) -> tuple:
+    """A packed batch, its tokens [B, L, p p (Z + Z + ft)] the clean latent and what is given of it;
+    and the noise level of each frame: packed, levels [F]."""
+    index, size, texts, plan = draw_clips(vae, tokenizer, world, c, step)
+    clips, _ = world.clips(index, size)
+    random = np.random.default_rng([c.seed, 3, step, rank()])
+    level = diffusion.training_levels(len(index), seeded(c.seed, 4, step, rank()))
+    latents, levels = [None] * len(index), [None] * len(index)
+    for T, H, W in np.unique(size, axis=0).tolist():  # clips of one size are encoded at once
+        group = np.flatnonzero((size == (T, H, W)).all(1))
+        video = to_float([clips[g] for g in group]).to(vae.mean.device)  # [b, C, T, H, W]
+        known = np.zeros((len(group), T), bool)
+        if T > 1:
+            for k in np.flatnonzero(random.random(len(group)) < c.given):
+                known[k] = draw_known(T, random.random(3 + T))
+        known = torch.from_numpy(known).to(video.device)
+        latent = vae.encode(video)  # [b, Z, t, h, w]
+        given, whole = sample.encode_given(vae, video, known)  # [b, Z + ft, t, h, w], [b, t]
+        latent = torch.where(whole[:, None, :, None, None], given[:, : c.channels], latent)
+        both = torch.cat([latent, given], dim=1)
         for k, g in enumerate(group):
-            extended[g], whole[g] = torch.cat([latent[k], given[k]]), full[k]
-    packed = patches.pack(extended, texts[:n], config.patch, config.tokens, plan)
-    level = diffusion.training_levels(n, seeded(config.seed, 3, step, rank()))
-    levels = [torch.where(f, 0.0, x) for f, x in zip(whole, level.to(device), strict=True)]
-    table = patches.frame_levels(packed, levels)
-    learn = packed.is_patch & (table[packed.frame_id] > 0)
-    return Batch(packed, table, learn, n)
+            latents[g], levels[g] = both[k], level[g] * ~whole[k].cpu()
+    packed = patches.pack(latents, texts, c.patch, c.tokens, plan)
+    return packed, patches.frame_levels(packed, levels)
 
 
-def dit_loss(model, batch: Batch, config: Config, step: int) -> tuple[Tensor, dict]:
-    packed, p2 = batch.packed, config.patch**2
-    tokens = packed.tokens.unflatten(-1, (p2, -1))  # [B, L, p p, Z + Z + ft]
-    clean, given = tokens[..., : config.channels].flatten(2), tokens[..., config.channels :]
-    eps = torch.randn(clean.shape, generator=seeded(config.seed, 4, step, rank())).to(clean)
-    level = batch.levels[packed.frame_id][..., None]  # [B, L, 1]
+def dit_loss(model: nn.Module, packed, levels: Tensor, c: Config, step: int) -> tuple[Tensor, dict]:
+    """The mean error over the patches of all ranks, of frames that are not given."""
+    tokens = packed.tokens.unflatten(-1, (c.patch**2, -1))  # [B, L, p p, Z + Z + ft]
+    clean, given = tokens[..., : c.channels].flatten(2), tokens[..., c.channels :]
+    eps = torch.randn(clean.shape, generator=seeded(c.seed, 5, step, rank())).to(clean)
+    level = levels[packed.frame_id]  # [B, L]
 
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        shown = torch.cat([x.unflatten(-1, (p2, -1)), given], dim=-1).flatten(2)
-        return model(shown, batch.levels, packed)
+    def denoise(x: Tensor, _: Tensor) -> Tensor:
+        shown = torch.cat([x.unflatten(-1, (c.patch**2, -1)), given], dim=-1).flatten(2)
+        return model(shown, levels, packed)
 
-    error = diffusion.denoising_error(denoise, clean, eps, level, config.prediction)  # [B, L, D]
-    error = error.mean(-1)[batch.learn]
+    error = diffusion.denoising_error(denoise, clean, eps, level[..., None], c.prediction)
+    learn = packed.is_patch & (level > 0)  # [B, L]
+    error, level = error.mean(-1)[learn], level[learn]  # [patches]
     count = torch.tensor(float(len(error)), device=error.device)
-    if dist.is_initialized():
+    if dist.is_initialized():  # DDP takes the mean over ranks: this makes it the mean over patches
         dist.all_reduce(count)
-    loss = error.sum() / count * ranks()  # DDP takes the mean over ranks: this makes it that over tokens
-    bins = (level[batch.learn][:, 0] * 4).long().clamp(max=3)
-    by_level = {f"level_{b / 4}": error[bins == b].mean().item() for b in range(4) if (bins == b).any()}
-    return loss, {"clips": batch.clips, "fill": packed.fill, **by_level}
+    fourth = (4 * level).long().clamp(max=3)
+    bins = [round(error[fourth == k].mean().item(), 4) for k in range(4)]
+    logs = {"clips": len(packed.grids), "fill": packed.fill, "loss_by_level": bins}
+    return error.sum() / count * ranks(), logs
 
 
-# ------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------------ the loop
 
 
-def learning_rate(step: int, config: Config, steps: int) -> float:
-    """Rises linearly, then falls linearly to zero: the share of its peak."""
-    warm = max(1, config.warmup * steps)
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak: rises linearly, then falls linearly to zero at the last step."""
+    warm = max(1.0, warmup * steps)
+    return min((step + 1) / warm, (steps - step) / max(1.0, steps - warm))
 
 
-def optimizers_for(model: nn.Module, lr: float) -> list:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks" in n and "modulation" not in n]
-    ids = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    made = [torch.optim.AdamW(others, lr=lr if lr<4e-3 else 3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    for o in made:
-        for group in o.param_groups:
-            group["peak"] = group["lr"]
-    return made
+def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for all else.
+
+    Muon's update has all its singular values equal, so that no direction of a matrix waits for
+    another. At equal time it was far ahead of AdamW here.
+    """
+    inside = {
+        name for name, p in model.named_parameters() if ".blocks." in f".{name}" and p.ndim == 2
+    }
+    inside = {name for name in inside if "modulation" not in name}  # starts at zero
+    matrices = [p for name, p in model.named_parameters() if name in inside]
+    others = [p for name, p in model.named_parameters() if name not in inside]
+    return [
+        torch.optim.AdamW(
+            others, lr=min(lr, 3e-3), betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        ),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
-def fit(name, model, ema_model, loss_of, steps, lr, config, out, device, extra, on_sample=None):
-    """Train `model` with `loss_of(step) -> (loss, logs)` for `steps` steps, from where out/name.pt stopped."""
-    path = out / f"{name}.pt"
-    made = optimizers_for(model_of(model), lr)
-    step = 0
-    if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        step = saved["step"]
-        model_of(model).load_state_dict(saved["weights"])
-        ema_model.load_state_dict(saved["ema"])
-        for o, state in zip(made, saved["optimizers"], strict=True):
-            o.load_state_dict(state)
-    weights, averaged = list(model_of(model).parameters()), list(ema_model.parameters())
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank() > 0, mininterval=1)
-    start = time.time()
-    while step < steps:
-        for o in made:
-            for group in o.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, config, steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config_bf16(device)):
-            loss, logs = loss_of(step)
+@dataclass
+class Stage:
+    """What the loop needs to know of a training."""
+
+    name: str
+    model: nn.Module
+    steps: int
+    lr: float
+    loss: Callable[[nn.Module, int], tuple[Tensor, dict]]  # (model, step) -> (loss, logs)
+    facts: dict  # for the checkpoint: the model's configuration, and all that sampling needs
+    preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
+    finish: Callable[[nn.Module], None] | None = (
+        None  # (EMA model): what remains after the last step
+    )
+
+
+def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
+    """Train to the end, from wherever out/<name>.pt stopped. Returns the EMA model."""
+    model, averaged = stage.model.to(device), deepcopy(stage.model).to(device)
+    averaged.eval().requires_grad_(False)
+    optimizers = make_optimizers(model, stage.lr)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    step = resume(stage, out, model, averaged, optimizers, device)
+    if step is None:
+        return averaged
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    weights, means = list(model.parameters()), list(averaged.parameters())
+    bar = tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=rank() > 0)
+    bar.mininterval = 0.5
+    begun, clips = time.perf_counter(), 0
+    while step < stage.steps:
+        share = learning_rate(step, stage.steps, c.warmup)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = share * peak
+        with bf16(device):
+            loss, logs = stage.loss(wrapped, step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, config.clip)
-        for o in made:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        norm = nn.utils.clip_grad_norm_(weights, c.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
+        # An average over the last 1 / (1 - decay) steps, and over fewer while there are few.
+        torch._foreach_lerp_(means, weights, 1 - min(c.ema, step / (10 + step)))
+
         bar.update()
-        if step % 20 == 0 or step == steps:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-            line = {"stage": name, "step": step, "loss": loss.item(), "norm": norm.item(), "seconds": time.time() - start, **logs}
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-        if step % config.save_every == 0 or step == steps:
-            save(path, {"weights": model_of(model).state_dict(), "ema": ema_model.state_dict(),
-                "optimizers": [o.state_dict() for o in made], "step": step, **extra})
-        if on_sample and (step % config.sample_every == 0 or step == steps):
-            on_sample(step)
+        last, stopping = step == stage.steps, told_to_stop()
+        if step % 10 == 0 or last:
+            value = loss.item()
+            bar.set_postfix(loss=f"{value:.4f}")
+            speed = 10 / max(time.perf_counter() - begun, 1e-9)
+            begun = time.perf_counter()
+            figures = {"stage": stage.name, "step": step, "loss": value, "norm": norm.item()}
+            log(out, figures | {"steps_a_second": round(speed, 3)} | logs)
+        if last and stage.finish:
+            stage.finish(averaged)
+        if step % c.save_every == 0 or last or stopping:
+            save(out / f"{stage.name}.pt", step, model, averaged, optimizers, stage.facts)
+        if stopping:
+            raise SystemExit(f"stopped at step {step} of {stage.name}; the same command continues")
+        if stage.preview and (step % c.sample_every == 0 or last) and rank() == 0:
+            stage.preview(averaged, step)
     bar.close()
+    return averaged
 
 
-def save(path, state):
+def bf16(device: torch.device):
+    """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay float32."""
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:
+        able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
+
+
+STOP = []  # signals that came in
+
+
+def told_to_stop() -> bool:
+    """Whether this process or any other was told to; all of them stop after the same step."""
+    if not dist.is_initialized():
+        return bool(STOP)
+    told = torch.tensor(float(len(STOP)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(told)
+    return bool(told)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def save(path: Path, step: int, model: nn.Module, averaged: nn.Module, optimizers, facts: dict):
+    """Written under another name first: a checkpoint is whole, or it is the one before."""
+    if rank():
+        return
+    state = {"step": step, "weights": model.state_dict(), "ema": averaged.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    torch.save(state | facts, part)
     os.replace(part, path)
 
 
-def config_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") if os.environ.get("BF16", "1") == "1" else False
+def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> int | None:
+    """The step that out/<name>.pt was saved at, everything loaded; 0 where there is none; None where
+    its training has ended. A checkpoint of another configuration is an error."""
+    path, step = out / f"{stage.name}.pt", 0
+    if path.exists():
+        state = sample.load_checkpoint(path, device)
+        for kind in ("model", "world"):
+            for name, value in stage.facts[kind].items():
+                if (was := state[kind].get(name)) != value:
+                    raise ValueError(
+                        f"{path} was trained with {kind} {name} = {was}, and not {value}: "
+                        "name another folder with --out, or delete the file to begin anew"
+                    )
+        step = state["step"]
+        model.load_state_dict(state["weights"])
+        averaged.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    if rank() == 0:  # what was logged after that step will be logged again
+        lines = [x for x in read_log(out) if x["stage"] != stage.name or x["step"] <= step]
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return None if step >= stage.steps else step
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    for f in fields(Config):
-        kind = type(f.default)
-        if kind is tuple:
-            inner = type(f.default[0])
-            parser.add_argument("--" + f.name.replace("_", "-"), type=lambda s, inner=inner: tuple(inner(x) for x in s.split(",")), default=f.default)
-        else:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default)
-    config = Config(**vars(parser.parse_args()))
-    out = Path(config.out or f"out/{config.preset}")
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu")
-    if os.environ.get('NT'): torch.set_num_threads(int(os.environ['NT']))
-    torch.manual_seed(config.seed)
-    images, labels = data.split(*data.load_digits(Path(__file__).parent / "digits.png"), held_out=False)
-    world = data.World(config.world(), images, labels, config.seed)
+def log(out: Path, figures: dict) -> None:
+    if rank() == 0:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(figures) + "\n")
 
-    vae_config = VAEConfig(1, config.channels, config.time_factor, config.space_factor, config.vae_width, config.encoder_depth, config.decoder_depth, config.kl)
-    vae, vae_ema = VAE(vae_config), VAE(vae_config).eval().requires_grad_(False)
-    vae_ema.load_state_dict(vae.state_dict())
-    common = {"world": asdict(world.config), "config": asdict(config)}
 
-    if config.stage in ("all", "vae"):
-        fit("vae", vae, vae_ema, lambda step: vae_loss(vae, world, config, step, device), config.vae_steps, config.vae_lr, config, out, device, {"model": asdict(vae_config), **common})
-        vae_ema.measure_statistics(to_float(world.clips(np.arange(100_000, 100_064), (17, 32, 32))[0]) for _ in range(1))
-        state = torch.load(out / "vae.pt", weights_only=True)
-        state["ema"] = vae_ema.state_dict()
-        save(out / "vae.pt", state)
-    if config.stage == "vae":
-        return
-    vae_ema.load_state_dict(torch.load(out / "vae.pt", weights_only=True)["ema"])
-    captions = [data.short_caption(f) for f in world.all_facts(np.arange(5000), world.size(np.arange(5000)))]
-    tokenizer = Tokenizer.from_captions(captions, 512)
-    p2 = config.patch**2
-    dit_config = DiTConfig(p2 * (2 * config.channels + config.time_factor), p2 * config.channels, tokenizer.size, config.width, config.depth, config.heads)
-    torch.manual_seed(config.seed + 1)
-    dit, dit_ema = DiT(dit_config), DiT(dit_config).eval().requires_grad_(False)
-    dit_ema.load_state_dict(dit.state_dict())
+def read_log(out: Path) -> list[dict]:
+    path = out / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def loss_of(step):
-        return dit_loss(dit, dit_batch(vae_ema, tokenizer, world, config, step, device), config, step)
 
-    fit("dit", dit, dit_ema, loss_of, config.steps, config.lr, config, out, device, {"model": asdict(dit_config), "words": tokenizer.words, **common})
+def draw_loss(out: Path, width: int = 900, height: int = 300) -> None:
+    """loss.png: both losses on a logarithmic scale, smoothed a little."""
+    names = list(dict.fromkeys(line["stage"] for line in read_log(out)))
+    picture = Image.new("RGB", (width, (height + 40) * len(names) + 10), (24, 24, 32))
+    pen = ImageDraw.Draw(picture)
+    for k, name in enumerate(names):
+        lines = [line for line in read_log(out) if line["stage"] == name]
+        value = np.log10(np.maximum([line["loss"] for line in lines], 1e-9))
+        window = max(1, len(value) // 50)
+        smooth = np.convolve(
+            np.pad(value, (window - 1, 0), "edge"), np.ones(window) / window, "valid"
+        )
+        x = 10 + (width - 20) * np.array([line["step"] for line in lines]) / lines[-1]["step"]
+        low, high = value.min(), max(value.max(), value.min() + 1e-3)
+        top = 30 + k * (height + 40)
+        for curve, color in ((value, (70, 90, 120)), (smooth, (255, 190, 80))):
+            y = top + height * (high - curve) / (high - low)
+            pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=color, width=2)
+        title = f"{name}: loss from {10**high:.3g} down to {10**low:.3g}, {lines[-1]['step']} steps"
+        pen.text((10, top - 20), title, fill=(255, 255, 255))
+    picture.save(out / "loss.png")
+
+
+# ------------------------------------------------------------------------------------- what is shown
+
+GALLERY = [  # prompts of the last page of training; the sizes take turns
+    "a 0 moving left", "a 1 moving right", "a 2 moving up", "a 3 moving down",
+    "a 4 moving right", "a 5 moving left", "a 6 moving down", "a 7 moving up",
+    "an 8 moving left", "a 9 moving right", "a 3 moving up and an 8 moving right",
+    "a 7 moving left and a 1 moving right",
+]  # fmt: skip
+
+
+def preview(run: sample.Run, world: data.WorldConfig, path: Path, steps: int = 12) -> None:
+    """Eight clips of fixed prompts and seeds, to watch them get better."""
+    T, (H, W) = max(world.durations), world.shapes[0]
+    prompts = GALLERY[::2] + GALLERY[-1:]
+    clips = sample.generate(run, prompts, (T, H, W), seeds=list(range(len(prompts))), steps=steps)
+    sample.write_gallery(path, sample.gallery(clips, prompts))
+
+
+def gallery(run: sample.Run, world: data.WorldConfig, path: Path) -> None:
+    """Every prompt of `GALLERY`, each in another size and duration."""
+    clips = []
+    for k, prompt in enumerate(GALLERY):
+        T, shape = world.durations[::-1][k % len(world.durations)], world.shapes
+        H, W = shape[k % len(shape)] if " and " not in prompt else shape[-1 - k % 2]
+        clips += sample.generate(run, [prompt], (T, H, W), seeds=[k])
+    sample.write_gallery(path, sample.gallery(clips, GALLERY))
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+COLUMNS = (
+    "width depth heads patch channels space_factor vae_width digit rows tokens steps vae_steps"
+)
+PRESETS = {
+    "tiny":  (),  # the defaults of Config
+    "small": (384, 12, 6, 1, 8, 8, 96, 28, 16, 1024, 20_000, 5_000),  # 64 x 64
+    "base":  (768, 12, 12, 2, 16, 8, 128, 56, 16, 4096, 200_000, 50_000),  # 128 x 128
+    "large": (1024, 24, 16, 2, 16, 8, 192, 56, 16, 4096, 300_000, 100_000),
+    "xl":    (1152, 28, 16, 2, 16, 8, 256, 56, 16, 8192, 400_000, 100_000),
+}  # fmt: skip
+
+
+def parse() -> Config:
+    """The preset's values, and the flags that say otherwise."""
+
+    def many(kind):
+        return lambda text: tuple(kind(part) for part in text.split(","))
+
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args()[0].preset
+    parser = sample.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if preset not in PRESETS:
+        parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
+    scale = 1 if preset == "tiny" else 2 if preset == "small" else 4
+    defaults = asdict(Config()) | dict(zip(COLUMNS.split(), PRESETS[preset], strict=False))
+    for name in ("shapes", "image_shapes"):  # bigger digits in a bigger world
+        sides = [[int(x) * scale for x in shape.split("x")] for shape in defaults[name]]
+        defaults[name] = tuple(f"{h}x{w}" for h, w in sides)
+    for field in fields(Config):
+        flag, value = "--" + field.name.replace("_", "-"), defaults[field.name]
+        kind = many(type(value[0])) if isinstance(value, tuple) else type(value)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        parser.add_argument(flag, type=kind, default=value, help=f"default: {shown}")
+    return Config(**vars(parser.parse_args()))
+
+
+def main(c: Config) -> None:
+    if "RANK" in os.environ:  # torchrun started several of us
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: STOP.append(number))
+    sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
+    world = data.World(c.world(), *data.split(*sheet, held_out=False), c.seed)
+    out = Path(c.out or f"out/{c.preset}")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        part = out / "config.part"
+        part.write_text(json.dumps(asdict(c), indent=2) + "\n")
+        os.replace(part, out / "config.json")
+    facts = {"world": asdict(world.config), "config": asdict(c)}
+    if c.stage in ("vae", "all"):
+        train_vae(c, world, facts, out, device)
+    if c.stage in ("dit", "all"):
+        train_dit(c, world, facts, out, device)
+    if rank() == 0:
+        draw_loss(out)
+
+
+def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
+    torch.manual_seed(c.seed)  # initial weights
+    vae = VAE(
+        VAEConfig(
+            channels=c.channels,
+            time_factor=c.time_factor,
+            space_factor=c.space_factor,
+            width=c.vae_width,
+            encoder_depth=c.encoder_depth,
+            decoder_depth=c.decoder_depth,
+            kl=c.kl,
+        )
+    )
+
+    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
+        return vae_loss(model, world, c, step)
+
+    def measure(averaged: VAE) -> None:
+        sizes = [(max(c.durations), *shape) for shape in world.config.shapes]
+        clips = (to_float(world.clips(np.arange(32), size)[0]) for size in sizes)
+        averaged.measure_statistics(clip.to(device) for clip in clips)
+
+    facts = facts | {"model": asdict(vae.config)}
+    fit(Stage("vae", vae, c.vae_steps, c.vae_lr, loss, facts, finish=measure), c, out, device)
+
+
+def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
+    vae = sample.load_vae(out, device)
+    known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
+    tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
+    inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
+    torch.manual_seed(c.seed + 1)  # initial weights
+    dit = DiT(DiTConfig(inputs, outputs, tokenizer.size, c.width, c.depth, c.heads))
+
+    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
+        return dit_loss(model, *dit_batch(vae, tokenizer, world, c, step), c, step)
+
+    def show(averaged: DiT, step: int) -> None:
+        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
+        preview(run, world.config, out / "samples" / f"{step:06d}.gif")
+
+    facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
+    averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show), c, out, device)
+    if rank() == 0:
+        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
+        gallery(run, world.config, out / "gallery.gif")
+        print(f"wrote {out / 'gallery.gif'}; python evaluate.py prompts --run {out} measures it")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(parse())
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
