@@ -45,6 +45,7 @@ from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
+AHEAD = 8  # batches that are made at once
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -186,30 +187,44 @@ def draw_clips(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, ste
 
 
 @torch.no_grad()
-def dit_batch(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int) -> tuple:
-    """A packed batch, its tokens [B, L, p p (Z + Z + ft)] the clean latent and what is given of it;
-    and the noise level of each frame: packed, levels [F]."""
-    index, size, texts, plan = draw_clips(vae, tokenizer, world, c, step)
+def dit_batches(
+    vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, first: int, count: int
+) -> list[tuple[patches.Packed, Tensor]]:
+    """The batches of `count` steps from `first` on. A batch is packed clips, its tokens
+    [B, L, p p (Z + Z + ft)] the clean latent and what is given of it; and the levels [F].
+
+    Many steps at once, since encoding many clips of one size at once is several times faster.
+    """
+    drawn = [draw_clips(vae, tokenizer, world, c, first + k) for k in range(count)]
+    index, size = (np.concatenate(x) for x in list(zip(*drawn, strict=True))[:2])
     clips, _ = world.clips(index, size)
-    random = np.random.default_rng([c.seed, 3, step, rank()])
-    level = diffusion.training_levels(len(index), seeded(c.seed, 4, step, rank()))
-    latents, levels = [None] * len(index), [None] * len(index)
-    for T, H, W in np.unique(size, axis=0).tolist():  # clips of one size are encoded at once
+    random = np.random.default_rng([c.seed, 3, first, rank()])
+    latents, whole = [None] * len(index), [None] * len(index)
+    for T, H, W in np.unique(size, axis=0).tolist():
         group = np.flatnonzero((size == (T, H, W)).all(1))
+        # Those with given frames first. Images have none: all of an image would be given.
+        cut = int(len(group) * c.given) if T > 1 else 0
+        known = torch.zeros(len(group), T, dtype=torch.bool)
+        for k in range(cut):
+            known[k] = torch.from_numpy(draw_known(T, random.random(3 + T)))
         video = to_float([clips[g] for g in group]).to(vae.mean.device)  # [b, C, T, H, W]
-        known = np.zeros((len(group), T), bool)
-        if T > 1:
-            for k in np.flatnonzero(random.random(len(group)) < c.given):
-                known[k] = draw_known(T, random.random(3 + T))
-        known = torch.from_numpy(known).to(video.device)
         latent = vae.encode(video)  # [b, Z, t, h, w]
-        given, whole = sample.encode_given(vae, video, known)  # [b, Z + ft, t, h, w], [b, t]
-        latent = torch.where(whole[:, None, :, None, None], given[:, : c.channels], latent)
-        both = torch.cat([latent, given], dim=1)
-        for k, g in enumerate(group):
-            latents[g], levels[g] = both[k], level[g] * ~whole[k].cpu()
-    packed = patches.pack(latents, texts, c.patch, c.tokens, plan)
-    return packed, patches.frame_levels(packed, levels)
+        given = latent.new_zeros(len(group), c.channels + c.time_factor, *latent.shape[2:])
+        full = torch.zeros(len(group), latent.shape[2], dtype=torch.bool)
+        if cut:
+            given[:cut], full[:cut] = sample.encode_given(vae, video[:cut], known[:cut])
+        latent = torch.where(full[:, None, :, None, None], given[:, : c.channels], latent)
+        for g, one, f in zip(group, torch.cat([latent, given], dim=1), full, strict=True):
+            latents[g], whole[g] = one, f
+    batches = []
+    for step, (index, _, texts, plan) in enumerate(drawn, first):
+        n = len(index)
+        level = diffusion.training_levels(n, seeded(c.seed, 4, step, rank()))
+        levels = [x * ~f for x, f in zip(level, whole[:n], strict=True)]
+        packed = patches.pack(latents[:n], texts, c.patch, c.tokens, plan)
+        batches.append((packed, patches.frame_levels(packed, levels)))
+        latents, whole = latents[n:], whole[n:]
+    return batches
 
 
 def dit_loss(model: nn.Module, packed, levels: Tensor, c: Config, step: int) -> tuple[Tensor, dict]:
@@ -551,8 +566,15 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = DiT(DiTConfig(inputs, outputs, tokenizer.size, c.width, c.depth, c.heads))
 
+    ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
+
     def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
-        return dit_loss(model, *dit_batch(vae, tokenizer, world, c, step), c, step)
+        if step not in ahead:
+            ahead.clear()
+            first = step - step % AHEAD
+            made = dit_batches(vae, tokenizer, world, c, first, AHEAD)
+            ahead.update(enumerate(made, first))
+        return dit_loss(model, *ahead[step], c, step)
 
     def show(averaged: DiT, step: int) -> None:
         run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
