@@ -85,9 +85,13 @@ def unpatchify(tokens: torch.Tensor, grid: Grid, p: int) -> torch.Tensor:
     return x.reshape(*batch, Z, t, h, w)
 
 
-def grid_positions(t: int, h: int, w: int, p: int) -> torch.Tensor:
-    """(time, row, column) of each patch, counted in patches from 0: [n, 3], in patchify's order."""
-    axes = [torch.arange(size) for size in (t, h // p, w // p)]
+def grid_positions(t: int, h: int, w: int, p: int, start: int = 0) -> torch.Tensor:
+    """(time, row, column) of each patch, counted in patches from 0: [n, 3], in patchify's order.
+
+    start: the time of the first frame. A clip's first latent frame holds less than the later ones
+    (it is one frame of pixels): a window from the middle of a clip has none, and starts at time 1.
+    """
+    axes = [torch.arange(start, start + t), torch.arange(h // p), torch.arange(w // p)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
@@ -189,12 +193,15 @@ def pack(
     p: int,
     budget: int,
     rows: list[list[int]] | None = None,
+    starts: list[int] | None = None,
 ) -> Packed:
     """Lay clips into rows of `budget` tokens. Gradients flow through the tokens.
 
     latents: a [Z, t, h, w] each; texts: the ids of each one's caption; rows: a plan of `first_fit`
     or `longest_prefix`, made here if left out. A plan may hold empty rows, to keep B fixed.
+    starts: the time of each clip's first frame, 0 if left out (see `grid_positions`).
     """
+    starts = [0] * len(latents) if starts is None else starts
     grids = [tuple(latent.shape[1:]) for latent in latents]
     words = [len(text) for text in texts]
     lengths = [k + token_count(grid, p) for k, grid in zip(words, grids, strict=True)]
@@ -219,14 +226,16 @@ def pack(
     place = torch.tensor([r * budget + start for r, start, _, _ in where])[clip] + inside
     is_text = inside < torch.tensor(words)[clip]  # [N]
 
-    known = {grid: grid_positions(*grid, p) for grid in set(grids)}  # sizes repeat
+    places = list(zip(grids, starts, strict=True))
+    known = {(grid, s): grid_positions(*grid, p, s) for grid, s in set(places)}  # sizes repeat
     spell = {k: text_positions(k) for k in set(words)}
-    pairs = zip(words, grids, strict=True)
+    pairs = zip(words, places, strict=True)
     position = torch.cat([x for k, grid in pairs for x in (spell[k], known[grid])])  # [N, 3]
 
     table = torch.tensor([1 + t for t, _, _ in grids])  # each clip's rows in the frame table
     first = table.cumsum(0) - table
-    frame_id = first[clip] + torch.where(is_text, 0, 1 + position[:, 0])  # [N]
+    frame = position[:, 0] - torch.tensor(starts)[clip]  # [N] of its clip, from 0
+    frame_id = first[clip] + torch.where(is_text, 0, 1 + frame)  # [N]
     frame_clip = torch.repeat_interleave(table)  # [F]
     frame_is_text = torch.zeros(len(frame_clip), dtype=torch.bool)
     frame_is_text[first] = True

@@ -1,266 +1,194 @@
-"""Sample: text to video and text to image, at any duration and shape.
+"""Sample: every way of prompting, with one model and one sampler.
 
     python sample.py --prompt "a 7 moving left" --frames 17 --height 32 --width 48 --out seven.gif
-    python sample.py --prompt "a 3 moving up and an 8 moving right" --count 8 --out both.gif
+    python sample.py --prompt "a 3 moving up" --frames 17 --height 32 --width 48 --out three.gif
+    python sample.py --prompt "a 3 moving up and a 1 moving left" --count 8 --scale 4 --out both.gif
     python sample.py --prompt "an 8 moving down" --frames 1 --out eight.png
 
-The size of what is made is the grid of noise patches that sampling starts from: lay out more frames,
-rows or columns of noise, and a longer, taller or wider clip comes out (the report's "choosing the
-output size"). A checkpoint carries its own configuration, so nothing here needs a preset.
+    python sample.py --prompt "an 8 moving down" --image eight.png --out falling.gif
+    python sample.py --prompt "a 7 moving left" --extend seven.gif --frames 33 --out longer.gif
+    python sample.py --prompt "a 7 moving left" --extend seven.gif --backward --out earlier.gif
+    python sample.py --prompt "a 7 moving left" --loop seven.gif --out loop.webp
+    python sample.py --prompt "a 7 moving left" --then "a 3 moving up" --connect seven.gif three.gif
+    python sample.py --prompt "a 3 moving left" --edit seven.gif --strength 0.6 --out edited.gif
+    python sample.py --prompt "a 7 moving left" --seconds 60 --out minute.mp4
 
-`--out` takes .gif, .mp4, .webp, .png (the frames side by side) and .npy (uint8 [T, H, W, C]). With
-`--count 8` there are eight files and a contact sheet. Clip k has the seed `--seed` + k, and depends
-on nothing else: it is the same clip alone, in a batch and tomorrow.
+Size. What is made has the size of the grid of noise patches that sampling starts from: lay out more
+frames, rows or columns of noise, and a longer, taller or wider clip comes out (the report's
+"choosing the output size"). Beyond the trained size, see `level_table` and `roll` in prompting.py.
+
+Given frames come out as the person's own pixels, untouched. What is longer than the longest trained
+clip is made in windows, and .mp4 and .webm are on disk as they are made. prompting.py tells how.
+
+A clip is a function of its prompt, size, seed and what was given, alone, in a batch or tomorrow.
 """
 
 import argparse
-import os
+import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from torch import Tensor
+from tqdm import tqdm
 
-import diffusion
-import patches
-from dit import DiT, DiTConfig
-from text import NOTHING, Tokenizer
-from vae import VAE, VAEConfig
+from clips import MOST_NUMBERS, SUFFIXES, VIDEO, Writer, contact_sheet, read_clip
+from clips import filmstrip as filmstrip  # a name as itself: for those who import sample alone
+from clips import gallery as gallery
+from clips import write_clip as write_clip
+from clips import write_gallery as write_gallery
+from prompting import (
+    DEFAULT,
+    Run,
+    Settings,
+    backward_context,
+    fill,
+    forward_context,
+    latent_grid,
+    load_run,
+    newest_run,
+    room,
+    seeded,
+    stream,
+)
+from prompting import bf16 as bf16
+from prompting import encode_given as encode_given
+from prompting import generate as generate
+from prompting import load_checkpoint as load_checkpoint
+from prompting import load_vae as load_vae
+from prompting import noisy_context as noisy_context
+from prompting import to_uint8 as to_uint8
 
-SUFFIXES = (".gif", ".mp4", ".webp", ".png", ".npy")
-SCALE = 4  # pixels of a picture for people, per pixel of a clip: 32 pixels are too small to look at
-MOST_WORDS = 256  # a caption longer than this is a mistake
-
-
-# ------------------------------------------------------------------------------------- a trained run
-
-
-@dataclass
-class Run:
-    """All that sampling needs: two networks and a tokenizer; the world that they were trained on and
-    the flags of the training, as plain dicts."""
-
-    vae: VAE
-    dit: DiT
-    tokenizer: Tokenizer
-    world: dict
-    config: dict
-
-    @property
-    def device(self) -> torch.device:
-        return self.dit.read.weight.device
+MOST_WORDS = 256  # tokens; a caption longer than this is a mistake
 
 
-def newest_run(root: str = "out") -> Path:
-    """The folder below `root` whose DiT was saved last."""
-    found = sorted(Path(root).glob("*/dit.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"no trained run below {root}/: python train.py --preset tiny makes one")
-    return found[-1].parent
+# ------------------------------------------------------------------------------------- the tasks
+#
+# All take lists: N prompts, N seeds, and N clips uint8 [C, T, H, W] of one size; and give N clips.
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device) -> dict:
-    """Read one file of a run. Nothing is unpickled but tensors and plain values."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no {path}: train there first, or name another folder")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        return saved | {"model": saved["model"], "ema": saved["ema"]}
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
-
-
-def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
-    saved = load_checkpoint(Path(folder, "vae.pt"), device)
-    vae = VAE(VAEConfig(**saved["model"])).to(device).eval().requires_grad_(False)
-    vae.load_state_dict(saved["ema"])
-    return vae
-
-
-def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read vae.pt and dit.pt (their EMA weights)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(Path(folder, "dit.pt"), device)
-    dit = DiT(DiTConfig(**saved["model"])).to(device).eval().requires_grad_(False)
-    dit.load_state_dict(saved["ema"])
-    words = Tokenizer(saved["words"])
-    return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"])
-
-
-# ------------------------------------------------------------------------------------------ sampling
-
-
-def packed_denoiser(
-    run: Run, captions: list[list[int]], grid: tuple[int, int, int], given: Tensor | None = None
-) -> Callable:
-    """A callable for `diffusion.sample` over latents x [N, Z, t, h, w] of one size, a clip a row.
-
-    level broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what `encode_given` made, if anything.
-    """
-    p, Z = run.config["patch"], run.vae.config.channels
-    length = max(map(len, captions)) + patches.token_count(grid, p)
-    blank = [torch.zeros(Z, *grid, device=run.device)] * len(captions)
-    layout = patches.pack(blank, captions, p, length, rows=[[k] for k in range(len(captions))])
-    if given is None:
-        given = torch.zeros(len(captions), Z + run.vae.config.time_factor, *grid, device=run.device)
-
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        shown = patches.patchify(torch.cat([x, given], dim=1), p).flatten(0, 1)  # [N n, inputs]
-        tokens = shown.new_zeros(*layout.text.shape, shown.shape[-1])
-        tokens[layout.is_patch] = shown  # rows are in clip order
-        levels = level.expand(len(x), 1, grid[0], 1, 1).flatten(1)  # [N, t]
-        table = patches.frame_levels(layout, list(levels))  # [F]
-        output = run.dit(tokens, table, layout)  # [N, L, D]
-        return torch.stack(patches.unpack(output, layout))  # [N, Z, t, h, w]
-
-    return denoise
-
-
-def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network is shown of given frames: video [B, C, T, H, W], known [B, T] bool ->
-
-    given [B, Z + ft, t, h, w]: latents of the video with all that is not given blanked, and a mask
-    that says which of the ft frames of each latent are given (latent 0 has but one, which fills all);
-    whole [B, t] bool: latent frames all of whose frames are given.
-
-    Blanked, since a latent looks into the past: the latents of a given *ending*, cut from the whole
-    clip, would tell what came before it, and training would teach the network to read it there.
-    """
-    ft = vae.config.time_factor
-    blanked = torch.where(known[:, None, :, None, None], video, -1.0)  # black
-    latent = vae.encode(blanked)  # [B, Z, t, h, w]
-    frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
-    frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
-    mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
-    return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
-
-
-@torch.no_grad()
-def generate(
+def animate(
     run: Run,
     prompts: list[str],
-    size: tuple[int, int, int],
+    images: list[np.ndarray],
+    frames: int,
     seeds: list[int],
-    steps: int = 30,
-    guidance: float = 2.0,
-    eta: float = 0.0,
+    how: Settings = DEFAULT,
 ) -> list[np.ndarray]:
-    """Clips of `size` (T, H, W) in pixels, one for each prompt: a list of uint8 [C, T, H, W].
-
-    A clip is a function of its prompt, size and seed. ValueError for a size the VAE cannot make.
-    """
-    grid = run.vae.grid(*size)
-    Z = run.vae.config.channels
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(Z, *grid, generator=g) for g in generators]).to(run.device)
-    captions = [run.tokenizer.encode(prompt) for prompt in prompts]
-    denoise = diffusion.guided(
-        packed_denoiser(run, captions, grid),
-        packed_denoiser(run, [[NOTHING]] * len(prompts), grid),
-        guidance,
-    )
-    levels = diffusion.straight_levels(steps, torch.ones(1, 1, grid[0], 1, 1, device=run.device))
-    prediction = run.config["prediction"]
-    latent = diffusion.sample(denoise, noise, levels, eta, prediction, generators)  # [N, Z, t, h, w]
-    return list(to_uint8(run.vae.decode(latent)))
+    """Images [C, 1, H, W] that move: `frames` in all, of which the image is the first."""
+    return extend(run, prompts, images, frames - 1, seeds, how=how)
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """[-1, 1] float -> 0 ... 255."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+def extend(
+    run: Run,
+    prompts: list[str],
+    clips: list[np.ndarray],
+    frames: int,
+    seeds: list[int],
+    backward: bool = False,
+    how: Settings = DEFAULT,
+) -> list[np.ndarray]:
+    """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
+    video, part = np.stack(clips), 0
+    if not backward:
+        size = (video.shape[2] + frames, *video.shape[3:])
+        return list(np.concatenate(list(stream(run, prompts, size, seeds, how, video)), axis=2))
+    while frames > 0:  # window by window into the past. Latents can't: theirs would come first
+        seen = backward_context(run, video.shape[2])
+        new = min(frames, room(run, video.shape[2], "backward"))
+        more = (
+            -(seen + new - 1) % run.vae.config.time_factor
+        )  # so that the given frames end a latent
+        known = np.arange(more + new + seen) >= more + new
+        blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
+        window = np.concatenate([blank, video[:, :, :seen]], axis=2)
+        made = fill(run, prompts, window, known, seeded(seeds, part), how)[:, :, more : more + new]
+        video, frames, part = np.concatenate([made, video], axis=2), frames - new, part + 1
+    return list(video)
 
 
-# -------------------------------------------------------------------------------------- files on disk
+def bridge(
+    run: Run,
+    prompts: list[str],
+    before: list[np.ndarray],
+    after: list[np.ndarray],
+    frames: int,
+    seeds: list[int],
+    prompts_end: list[str],
+    how: Settings = DEFAULT,
+) -> np.ndarray:
+    """The `frames` between two clips: uint8 [N, C, frames, H, W]. What one window cannot hold is
+    first added to both ends, half to each."""
+    ft, spare = run.vae.config.time_factor, max(0, frames - room(run, 0, "connect"))
+    there, back = spare - spare // 2, spare // 2
+    other = [seed + (1 << 48) for seed in seeds]  # not the same noise at both ends
+    a = np.stack(extend(run, prompts, before, there, seeds, how=how))
+    b = np.stack(extend(run, prompts_end, after, back, other, backward=True, how=how))
+    gap, seen = frames - spare, forward_context(run, a.shape[2])
+    # As many frames of what follows as end a latent, and at least a latent of them, if there are.
+    rest = (1 - seen - gap) % ft
+    last = next((k for k in (ft + rest, rest) if 0 < k <= b.shape[2]), min(ft, b.shape[2]))
+    blank = np.zeros_like(a[:, :, :1]).repeat(gap, axis=2)
+    window = np.concatenate([a[:, :, a.shape[2] - seen :], blank, b[:, :, :last]], axis=2)
+    known = np.ones(window.shape[2], bool)
+    known[seen : seen + gap] = False
+    if gap:
+        ends = None if prompts_end == prompts else prompts_end
+        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends)
+        blank = made[:, :, ~known]
+    new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]
+    return np.concatenate(new, axis=2)
 
 
-def enlarge(clip: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 [C, T, H, W] -> frames for people [T, scale H, scale W, 3]."""
-    frames = clip.transpose(1, 2, 3, 0)  # [T, H, W, C]
-    frames = np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[3] == 1 else frames
-    return frames.repeat(scale, axis=1).repeat(scale, axis=2)
+def loop(
+    run: Run,
+    prompts: list[str],
+    clips: list[np.ndarray],
+    frames: int,
+    seeds: list[int],
+    how: Settings = DEFAULT,
+) -> list[np.ndarray]:
+    """Clips and `frames` more that lead from their end back to their start, to be played in a
+    circle."""
+    new = bridge(run, prompts, clips, clips, frames, seeds, prompts, how)
+    return list(np.concatenate([np.stack(clips), new], axis=2))
 
 
-def filmstrip(clip: np.ndarray, scale: int) -> Image.Image:
-    """The frames of a clip side by side."""
-    return Image.fromarray(np.concatenate(list(enlarge(clip, scale)), axis=1))
+def connect(
+    run: Run,
+    prompts: list[str],
+    before: list[np.ndarray],
+    after: list[np.ndarray],
+    frames: int,
+    seeds: list[int],
+    prompts_end: list[str] | None = None,
+    how: Settings = DEFAULT,
+) -> list[np.ndarray]:
+    """From one clip to another, `frames` between; with prompts_end, from one prompt to another."""
+    new = bridge(run, prompts, before, after, frames, seeds, prompts_end or prompts, how)
+    return list(np.concatenate([np.stack(before), new, np.stack(after)], axis=2))
 
 
-def write_clip(path: str | Path, clip: np.ndarray, fps: int = 10, scale: int = SCALE) -> None:
-    """Write uint8 [C, T, H, W] in the format that the suffix names, under a temporary name first, so
-    that no half written file is left behind."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        if path.suffix == ".npy":
-            np.save(part, clip.transpose(1, 2, 3, 0))
-        elif path.suffix == ".png":
-            filmstrip(clip, scale).save(part)
-        elif path.suffix == ".mp4":
-            even = enlarge(clip, scale + scale % 2)  # H.264 takes even sizes only
-            iio.imwrite(part, even, plugin="pyav", codec="libx264", fps=fps)
-        else:
-            frames = [Image.fromarray(frame) for frame in enlarge(clip, scale)]
-            lossless = {"lossless": True} if path.suffix == ".webp" else {}
-            frames[0].save(part, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, **lossless)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def edit(
+    run: Run,
+    prompts: list[str],
+    clips: list[np.ndarray],
+    strength: float,
+    seeds: list[int],
+    how: Settings = DEFAULT,
+) -> list[np.ndarray]:
+    """SDEdit (Meng et al. 2021): noise a clip to level `strength` and make it clean again with
+    another prompt. What the noise leaves stays: 0 gives the clip back, bit for bit; 1 ignores
+    it."""
+    video = np.stack(clips)
+    if strength == 0:
+        return list(video)
+    parts = stream(run, prompts, video.shape[2:], seeds, how, source=video, strength=strength)
+    return list(np.concatenate(list(parts), axis=2))
 
 
-def contact_sheet(clips: list[np.ndarray], titles: list[str], scale: int = 3) -> Image.Image:
-    """Up to nine frames of each clip in a row, its title above."""
-    strips = []
-    for clip in clips:
-        frames = np.linspace(0, clip.shape[1] - 1, min(9, clip.shape[1])).round().astype(int)
-        strips.append(filmstrip(clip[:, frames], scale))
-    height = sum(strip.height + 22 for strip in strips)
-    sheet = Image.new("RGB", (max(max(s.width for s in strips) + 12, 320), height + 6), (32, 32, 32))
-    pen, y = ImageDraw.Draw(sheet), 4
-    for strip, title in zip(strips, titles, strict=True):
-        pen.text((6, y), title, fill=(255, 255, 255))
-        sheet.paste(strip, (6, y + 14))
-        y += strip.height + 22
-    return sheet
-
-
-def gallery(clips: list[np.ndarray], titles: list[str], columns: int = 4, scale: int = 4) -> list[np.ndarray]:
-    """All clips playing side by side, each under its prompt: frames [Ty, Wx, 3] for a GIF. Short
-    clips start again from their beginning; an image stands still."""
-    cell_w = max(max(c.shape[3] for c in clips) * scale, 150) + 10
-    lines = [clips[k : k + columns] for k in range(0, len(clips), columns)]
-    heights = [max(c.shape[2] for c in line) * scale + 34 for line in lines]
-    frames = []
-    for t in range(max(c.shape[1] for c in clips)):
-        page = Image.new("RGB", (cell_w * min(columns, len(clips)) + 10, sum(heights) + 10), (32, 32, 32))
-        pen, y = ImageDraw.Draw(page), 10
-        for row, line in enumerate(lines):
-            for column, clip in enumerate(line):
-                x = 10 + column * cell_w
-                T, H, W = clip.shape[1:]
-                first, _, rest = titles[row * columns + column].partition(" and ")
-                pen.text((x, y), first + (" and" if rest else ""), fill=(255, 255, 255))
-                pen.text((x, y + 11), rest or f"{T} x {H} x {W}", fill=(255, 255, 255) if rest else (130, 130, 130))
-                page.paste(Image.fromarray(enlarge(clip, scale)[t % T]), (x, y + 25))
-            y += heights[row]
-        frames.append(np.asarray(page))
-    return frames
-
-
-def write_gallery(path: str | Path, frames: list[np.ndarray], fps: int = 6) -> None:
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    pictures = [Image.fromarray(frame).convert("L") for frame in frames]
-    pictures[0].save(part, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-    os.replace(part, path)
-
-
-# --------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -270,56 +198,202 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="a folder that train.py wrote (default: the newest below out/)")
-    parser.add_argument("--prompt", required=True, help='what to show; "" for anything')
-    parser.add_argument("--frames", type=int, default=17, help="T; 1 makes an image")
-    parser.add_argument("--height", type=int, default=32, help="H in pixels")
-    parser.add_argument("--width", type=int, default=32, help="W in pixels")
-    parser.add_argument("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="1: none")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
-    parser.add_argument("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))
-    args = parser.parse_args()
-    if Path(args.out).suffix not in SUFFIXES:
-        parser.error(f"--out {args.out}: write to a name that ends in one of {' '.join(SUFFIXES)}")
-    for name in ("frames", "height", "width", "count", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: 0 or more")
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    say = parser.add_argument
+    say("--run", help="a folder that train.py wrote (default: the newest below out/)")
+    say("--prompt", required=True, help='what to show; "" for anything')
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--image", metavar="FILE", help="animate this image")
+    task.add_argument("--extend", metavar="CLIP", help="go on where this clip ends")
+    task.add_argument("--loop", metavar="CLIP", help="lead from this clip's end back to its start")
+    task.add_argument("--connect", nargs=2, metavar="CLIP", help="lead from one clip to another")
+    task.add_argument("--edit", metavar="CLIP", help="make this clip what the prompt says (SDEdit)")
+    say("--backward", action="store_true", help="with --extend: what came before")
+    say("--then", metavar="PROMPT", help="with --connect: the prompt that it ends with")
+    say("--strength", type=float, help="with --edit: 0 keeps the clip, 1 ignores it (default 0.6)")
+    say("--frames", type=int, help="how long; with --extend, --loop and --connect how many to add; "
+        "1 makes an image (default: what the run was trained on)")  # fmt: skip
+    say("--seconds", type=float, help="the same, in seconds")
+    say("--height", type=int, help="H in pixels (default: the given clip's, or as trained)")
+    say("--width", type=int, help="W in pixels; a given clip is resized to both")
+    say(
+        "--fit",
+        choices=["crop", "pad"],
+        default="crop",
+        help="how given clips get a size that is possible",
+    )
+    say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
+    say("--seed", type=int, default=0)
+    say("--steps", type=int, default=DEFAULT.steps, help="sampling steps (default: %(default)s)")
+    say("--guidance", type=float, default=DEFAULT.guidance, help="1: none (default: %(default)s)")
+    say("--sampler", choices=["ddim", "ddpm"], default="ddim")
+    say("--fps", type=int, default=10, help="frames a second (default: %(default)s)")
+    say(
+        "--scale",
+        type=int,
+        default=1,
+        help="pixels of the file for each pixel of the clip (default: 1)",
+    )
+    say("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))
+    args = parser.parse_args(argv)
+    problem = mistake(args)
+    if problem:
+        parser.error(problem)
     return args
+
+
+def mistake(args: argparse.Namespace) -> str | None:
+    """What is wrong with the flags, if anything, before any work is done."""
+    if Path(args.out).suffix not in SUFFIXES:
+        return f"--out {args.out}: write to a name that ends in one of {' '.join(SUFFIXES)}"
+    for flag, needs in (("backward", "extend"), ("then", "connect"), ("strength", "edit")):
+        if getattr(args, flag) not in (None, False) and not getattr(args, needs):
+            return f"--{flag.replace('_', '-')} is for --{needs}"
+    if args.edit and (args.frames or args.seconds):
+        return "--edit keeps the length of the clip: leave --frames and --seconds out"
+    if args.frames is not None and args.seconds is not None:
+        return "--frames or --seconds, not both"
+    most = {"frames": 10**9, "height": 10**5, "width": 10**5}
+    most |= {"count": 10_000, "steps": 10_000, "fps": 1000, "scale": 64}
+    for name, limit in most.items():
+        if (value := getattr(args, name)) is not None and not 1 <= value <= limit:
+            return f"--{name} {value}: from 1 to {limit}"
+    if args.seconds is not None and not 0 < args.seconds < 1e7:
+        return f"--seconds {args.seconds}: more than 0"
+    if args.strength is not None and not 0 <= args.strength <= 1:
+        return f"--strength {args.strength}: from 0 to 1"
+    if not abs(args.guidance) < 1e6:
+        return f"--guidance {args.guidance}: a number such as 2"
+    if not 0 <= args.seed < 2**32 - args.count:
+        return f"--seed {args.seed}: 0 or more, and less than 2^32"
+    if given_files(args) and (args.height is None) != (args.width is None):
+        return "--height and --width: both, to resize what is given, or neither"
+    return None
+
+
+def given_files(args: argparse.Namespace) -> list[str]:
+    one = [path for path in (args.image, args.extend, args.loop, args.edit) if path]
+    return one or args.connect or []
+
+
+def read_given(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
+    """The files that were given, as clips [C, T, H, W] of one size; says what was done to them."""
+    sides = run.vae.config.space_factor * run.config["patch"]
+    files, clips = given_files(args), []
+    size = (args.height, args.width) if files and args.height else None
+    if size:
+        latent_grid(run, 1, *size)
+    for path in files:
+        most = 1 if args.image else None
+        clip, done = read_clip(path, run.vae.config.colors, sides, size, args.fit, most)
+        size = clip.shape[2:]  # of both that are to be connected
+        clips.append(clip)
+        print(done)
+    return clips
+
+
+def task_of(
+    run: Run, args: argparse.Namespace, clips: list[np.ndarray]
+) -> tuple[tuple[int, int, int], Callable[[list[int]], Iterator[np.ndarray]]]:
+    """The size (T, H, W) of what is asked for, and what makes it: seeds -> uint8 [N, C, n, H, W]
+    ..."""
+    how = Settings(args.steps, args.guidance, float(args.sampler == "ddpm"))
+    kinds = ("extend", "loop", "connect")
+    kind = next((k for k in kinds if getattr(args, k)), "new")
+    kind = "backward" if args.backward else kind
+    L = sum(clip.shape[1] for clip in clips)
+    frames = args.frames or (args.seconds and max(1, round(args.seconds * args.fps)))
+    frames = frames or room(run, L, kind)
+    shape = clips[0].shape[2:] if clips else run.world["shapes"][0]
+    H, W = args.height or shape[0], args.width or shape[1]
+    latent_grid(run, 1, H, W)
+    T = L if args.edit else frames if kind == "new" else L + frames
+    streamed = Path(args.out).suffix in VIDEO and kind in ("new", "extend")
+    numbers = (1 if streamed else T) * H * W * args.scale**2 * run.vae.config.colors
+    if numbers > MOST_NUMBERS:
+        raise ValueError(
+            f"{T} x {H} x {W}: too large to be made in memory; text and --extend stream to .mp4"
+        )
+
+    def many(seeds: list[int]) -> tuple[list[str], list[list[np.ndarray]]]:
+        return [args.prompt] * len(seeds), [[clip] * len(seeds) for clip in clips]
+
+    def make(seeds: list[int]) -> Iterator[np.ndarray]:
+        prompts, given = many(seeds)
+        if kind == "backward":
+            yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
+        elif kind == "loop":
+            yield np.stack(loop(run, prompts, *given, frames, seeds, how))
+        elif kind == "connect":
+            ends = None if args.then is None else [args.then] * len(seeds)
+            yield np.stack(connect(run, prompts, *given, frames, seeds, ends, how))
+        elif args.edit and args.strength == 0:
+            yield np.stack(given[0])
+        else:
+            video = np.stack(given[0]) if given else None
+            source, begin = (video, None) if args.edit else (None, video)
+            strength = 0.6 if args.strength is None else args.strength
+            yield from stream(
+                run, prompts, (T, H, W), seeds, how, begin, source, strength if args.edit else 1.0
+            )
+
+    return (T, H, W), make
 
 
 def main(args: argparse.Namespace) -> None:
     run = load_run(args.run or newest_run())
-    size = (args.frames, args.height, args.width)
-    run.vae.grid(*size)  # says what would be right, before any work is done
-    words = len(run.tokenizer.encode(args.prompt))
-    if words > MOST_WORDS:
-        raise ValueError(f"the prompt is {words} tokens long: at most {MOST_WORDS}")
+    for prompt in filter(None, (args.prompt, args.then)):
+        if (words := len(run.tokenizer.encode(prompt))) > MOST_WORDS:
+            raise ValueError(f"the prompt is {words} tokens long: at most {MOST_WORDS}")
+    clips = read_given(run, args)
+    (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
-    clips, at_once = [], 16
-    for k in range(0, args.count, at_once):
-        few = seeds[k : k + at_once]
-        eta = float(args.sampler == "ddpm")
-        clips += generate(run, [args.prompt] * len(few), size, few, args.steps, args.guidance, eta)
-    out = Path(args.out)
+    out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
-    for name, clip in zip(names, clips, strict=True):
-        write_clip(name, clip)
+    shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
+    picked = [[] for _ in seeds]
+    bar = tqdm(total=T * len(seeds), unit="frame", disable=T <= room(run, 0, "new") or None)
+    with bar:
+        for k in range(0, len(seeds), at_once):
+            done = 0
+            with ExitStack() as files:
+                few = names[k : k + at_once]
+                writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
+                for chunk in make(seeds[k : k + at_once]):
+                    here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
+                    for j, clip in enumerate(chunk):
+                        writers[j].write(clip)
+                        picked[k + j].append(clip[:, here])
+                    done += chunk.shape[2]
+                    bar.update(chunk.shape[2] * len(chunk))
     if args.count > 1:
         sheet = out.with_name(f"{out.stem}_sheet.png")
-        contact_sheet(clips, [f"{args.prompt}, seed {seed}" for seed in seeds]).save(sheet)
+        strips = [np.concatenate(parts, axis=1) for parts in picked]
+        contact_sheet(strips, [f"{args.prompt}, seed {seed}" for seed in seeds]).save(sheet)
         names.append(sheet)
-    print("wrote " + ", ".join(map(str, names)))
+    print(f"wrote {', '.join(map(str, names))}: {T} x {H} x {W}")
+
+
+def command(argv: list[str] | None = None) -> int:
+    """Do what the command line says. Returns the exit status; a mistake is one line."""
+    args = arguments(argv)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print(
+            f"sample.py: interrupted; {args.out} holds what was made so far, if anything",
+            file=sys.stderr,
+        )
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(arguments())
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(command())
