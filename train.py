@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -313,7 +312,7 @@ def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
         share = learning_rate(step, stage.steps, c.warmup)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = share * peak
-        with bf16(device):
+        with sample.bf16(device):
             loss, logs = stage.loss(wrapped, step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(weights, c.clip)
@@ -343,15 +342,6 @@ def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
             stage.preview(averaged, step)
     bar.close()
     return averaged
-
-
-def bf16(device: torch.device):
-    """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay float32."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
-    else:
-        able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
 
 
 STOP = []  # signals that came in
