@@ -52,8 +52,8 @@ def shift_level(level: Tensor, ratio: float) -> Tensor:
     noise ratio has to fall by the number of copies (Hoogeboom et al. 2023, "Simple diffusion",
     section 3.1): noise / signal is multiplied by sqrt(ratio). Levels 0 and 1 stay what they are.
     """
-    angle = level * (math.pi / 2)
-    return torch.atan2(math.sqrt(ratio) * torch.sin(angle), torch.cos(angle)) / (math.pi / 2)
+    signal, noise = signal_noise(level)
+    return torch.atan2(math.sqrt(ratio) * noise, signal) / (math.pi / 2)
 
 
 def add_noise(clean: Tensor, eps: Tensor, level: Tensor) -> Tensor:

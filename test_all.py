@@ -1,0 +1,716 @@
+"""The tests. First each concept's promises, as exact as floating point allows; then the commands.
+
+    python -m pytest -q                  # everything
+    python -m pytest -q -k packed        # what has this word in its name
+"""
+
+import argparse
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import clips
+import data
+import diffusion
+import dit
+import evaluate
+import patches
+import prompting
+import reader
+import sample
+import text
+from dit import DiT, DiTConfig
+from text import Tokenizer
+from vae import VAE, VAEConfig, from_blocks, to_blocks
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # everything here is small: a second thread costs more than it brings
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to `tolerance` of the largest number (of 1, where all are smaller)."""
+    a, b = a.detach(), b.detach()
+    scale = max(1.0, float(b.abs().max()))
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * scale
+
+
+def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """What starts at zero would make a test of anything behind it say nothing."""
+    for parameter in model.parameters():
+        parameter.data += 0.08 * torch.randn_like(parameter)
+    return model
+
+
+def random_state(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ================================================================================ the concept: vae.py
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    torch.manual_seed(0)
+    vae = with_random_weights(VAE(VAEConfig(colors=2, width=24)))
+    vae.mean += torch.randn_like(vae.mean)
+    vae.std += torch.rand_like(vae.std)
+    return vae.requires_grad_(False)
+
+
+def video_of(T: int, seed: int = 0) -> Tensor:
+    return torch.rand(2, 2, T, 12, 8, generator=random_state(seed)) * 2 - 1
+
+
+def test_a_block_holds_its_own_pixels():
+    video = torch.arange(2 * 3 * 4 * 6 * 4).reshape(2, 3, 4, 6, 4)
+    blocks = to_blocks(video, ft=2, fs=2)
+    assert blocks.shape == (2, 3 * 2 * 2 * 2, 2, 3, 2)
+    for t, h, w in ((0, 0, 0), (1, 2, 1), (0, 1, 1)):
+        pixels = video[:, :, 2 * t : 2 * t + 2, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2]
+        assert torch.equal(blocks[:, :, t, h, w], pixels.flatten(1))
+    assert torch.equal(from_blocks(blocks, 2, 2), video)
+
+
+def test_one_frame_is_an_image(vae):
+    video = video_of(9)
+    latent = vae.encode(video)
+    assert latent.shape == (2, 4, *vae.grid(9, 12, 8)) == (2, 4, 3, 3, 2)
+    image = vae.encode(video[:, :, :1])
+    assert image.shape == (2, 4, 1, 3, 2) and close(image, latent[:, :, :1])
+    decoded = vae.decode(image)
+    assert decoded.shape == (2, 2, 1, 12, 8) and close(decoded, vae.decode(latent)[:, :, :1])
+
+
+def test_a_latent_frame_depends_on_its_past_and_never_on_later_pixels(vae):
+    video = video_of(13).requires_grad_()
+    for j, frame in enumerate(vae.encode(video).unbind(2)):
+        (slope,) = torch.autograd.grad(frame.square().sum(), video, retain_graph=True)
+        reach = slope.abs().amax((0, 1, 3, 4)) > 0  # [T]
+        assert not reach[4 * j + 1 :].any()  # exactly nothing of the future
+        assert reach[max(0, 4 * j - 3) : 4 * j + 1].all()  # all of its own block
+        assert j == 0 or reach[: 4 * j - 3].any()  # and something of what was before
+
+
+def test_a_decoded_frame_never_depends_on_later_latents(vae):
+    latent = torch.randn(1, 4, 4, 3, 2, requires_grad=True)
+    video = vae.reconstruct(latent)[0]
+    for T in range(13):
+        (slope,) = torch.autograd.grad(video[:, :, T].sum(), latent, retain_graph=True)
+        assert (slope.abs().amax((0, 1, 3, 4)) > 0).tolist()[1 + (T + 3) // 4 :] == [False] * (
+            3 - (T + 3) // 4
+        )
+
+
+@pytest.mark.parametrize("chunks", [[21], [1, 4, 4, 4, 4, 4], [5, 16], [13, 4, 4], [1, 20], [9, 8, 4]])
+def test_a_streamed_encoding_is_the_whole(vae, chunks):
+    video = video_of(sum(chunks))
+    parts = list(vae.encode_stream(video.split(chunks, dim=2)))
+    assert [part.shape[2] for part in parts] == [-(-n // 4) for n in chunks]
+    assert close(torch.cat(parts, dim=2), vae.encode(video))
+
+
+@pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 4], [5, 1], [1, 3, 2]])
+def test_a_streamed_decoding_is_the_whole(vae, chunks):
+    latent = 0.3 * torch.randn(2, 4, 6, 3, 2, generator=random_state(1))
+    parts = list(vae.decode_stream(latent.split(chunks, dim=2)))
+    assert parts[0].shape[2] == 4 * chunks[0] - 3
+    whole = vae.decode(latent)
+    assert close(torch.cat(parts, dim=2), whole) and (whole.abs() < 1).float().mean() > 0.3
+
+
+def test_the_kl_term_is_the_divergence_from_a_standard_normal(vae):
+    video = video_of(5)
+    mu, log_var, _ = vae.posterior(video)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, (0.5 * log_var).exp()), normal(0, 1)).mean()
+    noise = torch.randn(mu.shape, generator=random_state(2))
+    loss, logs = vae.loss(video, noise)
+    error = (vae.reconstruct(mu + (0.5 * log_var).exp() * noise)[0] - video).square().mean()
+    assert logs["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((error + vae.config.kl * kl).item(), rel=1e-5)
+    assert logs["psnr"] == pytest.approx(10 * np.log10(4 / error.item()), rel=1e-5)
+
+
+def test_measured_latents_have_mean_0_and_variance_1():
+    torch.manual_seed(1)
+    vae = with_random_weights(VAE(VAEConfig(colors=2, width=16)))
+    videos = [video_of(9), video_of(5, seed=1), video_of(1, seed=2)]
+    vae.measure_statistics(videos)
+    latents = [vae.encode(video).transpose(0, 1).flatten(1) for video in videos]
+    latent = torch.cat(latents, dim=1)  # [Z, numbers]
+    assert close(latent.mean(1), torch.zeros(4), 1e-4) and close(latent.std(1), torch.ones(4), 1e-4)
+
+
+@pytest.mark.parametrize("size", [(0, 8, 8), (4, 8, 8), (5, 6, 8), (5, 8, 0)])
+def test_a_size_that_the_vae_cannot_divide_is_a_sentence(vae, size):
+    with pytest.raises(ValueError, match="the VAE takes"):
+        vae.grid(*size)
+
+
+# ============================================================================ the concept: patches.py
+
+
+def test_patches_are_in_reading_order():
+    latent = torch.arange(2 * 2 * 4 * 6).reshape(2, 2, 4, 6)  # [Z, t, h, w]
+    tokens = patches.patchify(latent, 2)
+    position = patches.grid_positions(2, 4, 6, 2)
+    assert tokens.shape == (2 * 2 * 3, 2 * 2 * 2) and position[4].tolist() == [0, 1, 1]
+    for token, (t, r, c) in zip(tokens, position.tolist(), strict=True):
+        square = latent[:, t, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2]  # [Z, p, p]
+        assert torch.equal(token, square.permute(1, 2, 0).flatten())  # row, column, channel
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("grid, p", [((1, 2, 2), 2), ((3, 4, 6), 2), ((2, 6, 3), 3), ((2, 3, 5), 1)])
+def test_unpatchify_undoes_patchify(batch, grid, p):
+    latent = torch.randn(*batch, 5, *grid)
+    tokens = patches.patchify(latent, p)
+    assert tokens.shape == (*batch, patches.token_count(grid, p), p * p * 5)
+    assert torch.equal(patches.unpatchify(tokens, grid, p), latent)
+
+
+def test_first_fit_names_each_clip_once_and_fills_well():
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 65, rng.integers(1, 80)).tolist()
+        rows = patches.first_fit(lengths, 64)
+        used = [sum(lengths[c] for c in row) for row in rows]
+        assert sorted(c for row in rows for c in row) == list(range(len(lengths)))
+        assert max(used) <= 64 and min(used) > 0
+        # No clip of a later row would have fitted into an earlier one.
+        assert all(used[r] + lengths[c] > 64 for r in range(len(rows)) for row in rows[r + 1 :] for c in row)
+    assert patches.first_fit([7, 22, 15], 24) == [[1], [2, 0]]  # the docstring's example
+    with pytest.raises(ValueError, match="clip 1 has 25 tokens, but a row has room for 24"):
+        patches.first_fit([3, 25], 24)
+
+
+def test_longest_prefix_takes_all_that_fits():
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        lengths, rows = rng.integers(1, 65, 60).tolist(), int(rng.integers(1, 9))
+        plan = patches.longest_prefix(lengths, 64, rows)
+        n = sum(map(len, plan))
+        assert sorted(c for row in plan for c in row) == list(range(n)) and 1 <= len(plan) <= rows
+        assert n == len(lengths) or len(patches.first_fit(lengths[: n + 1], 64)) > rows
+    assert sum(map(len, patches.longest_prefix([64] * 9, 64, 4))) == 4
+
+
+def three_clips(seed: int = 0) -> tuple[list[Tensor], list[list[int]]]:
+    """The clips of the docstring of patches.py."""
+    g = random_state(seed)
+    latents = [torch.randn(5, *grid, generator=g) for grid in ((1, 4, 4), (3, 4, 6), (2, 6, 4))]
+    return latents, [[1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_the_packing_of_the_docstring():
+    latents, texts = three_clips()
+    packed = patches.pack(latents, texts, 2, 24)
+    assert packed.sample_id.tolist() == [[1] * 22 + [-1] * 2, [2] * 15 + [0] * 7 + [-1] * 2]
+    assert packed.frame_clip.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert packed.frame_is_text.int().tolist() == [1, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert packed.frame_id[1].tolist() == [6] * 3 + [7] * 6 + [8] * 6 + [0] * 3 + [1] * 4 + [0] * 2
+    assert packed.text[1].tolist() == [8, 9, 10] + [-1] * 12 + [1, 2, 3] + [-1] * 6
+    assert packed.fill == 44 / 48 and int(packed.is_patch.sum()) == 4 + 18 + 12
+    assert packed.position[0, :6].tolist() == [[-4, 0, 0], [-3, 0, 0], [-2, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert all(map(torch.equal, patches.unpack(packed.tokens, packed), latents))
+    levels = [torch.tensor([0.1]), torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0.5, 0.6])]
+    table = patches.frame_levels(packed, levels)
+    assert close(table, torch.tensor([0, 0.1, 0, 0.2, 0.3, 0.4, 0, 0.5, 0.6]), 1e-7)
+
+
+def test_a_plan_that_loses_a_clip_or_overfills_a_row_is_refused():
+    latents, texts = three_clips()
+    with pytest.raises(ValueError, match="each of the 3 clips once"):
+        patches.pack(latents, texts, 2, 24, [[0], [2]])
+    with pytest.raises(ValueError, match="row 0 of the plan has 29 tokens"):
+        patches.pack(latents, texts, 2, 24, [[0, 1], [2]])
+
+
+# ================================================================================ the concept: dit.py
+
+
+@pytest.fixture(scope="module")
+def network_of_three() -> DiT:
+    torch.manual_seed(0)
+    return with_random_weights(DiT(DiTConfig(20, 20, 16, width=64, depth=3, heads=2)))
+
+
+LEVELS = [torch.tensor([0.7]), torch.tensor([0.0, 0.4, 0.9]), torch.tensor([1.0, 0.2])]
+
+
+def denoise_packed(model: DiT, latents, texts, levels, budget=24, rows=None) -> list[Tensor]:
+    packed = patches.pack(latents, texts, 2, budget, rows)
+    return patches.unpack(model(packed.tokens, patches.frame_levels(packed, levels), packed), packed)
+
+
+PLANS = [(24, None), (44, [[2, 0, 1]]), (64, [[], [1, 2], [0], []]), (22, [[1], [0], [2]])]
+
+
+@pytest.mark.parametrize("budget, rows", PLANS)
+def test_a_packed_clip_gives_what_it_gives_alone(network_of_three, budget, rows):
+    latents, texts = three_clips()
+    together = denoise_packed(network_of_three, latents, texts, LEVELS, budget, rows)
+    for k, out in enumerate(together):
+        (alone,) = denoise_packed(network_of_three, [latents[k]], [texts[k]], [LEVELS[k]])
+        assert close(out, alone) and alone.std() > 0.1
+
+
+def test_packed_gradients_are_those_of_the_clips_alone(network_of_three):
+    latents, texts = three_clips()
+    weights = [torch.randn(x.shape, generator=random_state(9)) for x in latents]
+
+    def gradients(which: list[int]) -> list[Tensor]:
+        inputs = [latents[k].clone().requires_grad_() for k in which]
+        picked = ([x[k] for k in which] for x in (texts, LEVELS))
+        outs = denoise_packed(network_of_three, inputs, *picked)
+        loss = sum((weights[k] * out.square()).sum() for k, out in zip(which, outs, strict=True))
+        return torch.autograd.grad(loss, [*inputs, *network_of_three.parameters()])
+
+    together, alone = gradients([0, 1, 2]), [gradients([k]) for k in range(3)]
+    for k in range(3):
+        assert close(together[k], alone[k][0]) and alone[k][0].abs().max() > 0.01
+    for packed, *parts in zip(together[3:], *(one[1:] for one in alone), strict=True):
+        assert close(packed, sum(parts)) and packed.abs().max() > 0
+
+
+def test_padding_has_no_influence(network_of_three):
+    latents, texts = three_clips()
+    clean = patches.pack(latents, texts, 2, 30, [[1], [2, 0], []])
+    level = patches.frame_levels(clean, LEVELS)
+    padded = clean.sample_id < 0
+    dirty = replace(
+        clean,
+        tokens=clean.tokens.masked_fill(padded[..., None], float("nan")),
+        text=clean.text.masked_fill(padded, 11),
+        position=clean.position.masked_fill(padded[..., None], -77),
+        frame_id=clean.frame_id.masked_fill(padded, 3),
+    )
+    outs = [network_of_three(x.tokens, level, x) for x in (clean, dirty)]
+    assert padded.sum() == 90 - 44 and torch.equal(outs[0][~padded], outs[1][~padded])
+
+
+def test_caption_order_level_and_position_all_matter(network_of_three):
+    """Else the tests of packing would hold for a network that ignores them."""
+    (latent,), (words,), level = [[x[1]] for x in three_clips()][0], [[4, 5, 6, 7]], [LEVELS[1]]
+    packed = patches.pack([latent], [words], 2, 24)
+    other_place = replace(packed, position=packed.position * torch.tensor([1, 1, 2]))
+    base = network_of_three(packed.tokens, patches.frame_levels(packed, level), packed)
+    turned = network_of_three(packed.tokens, patches.frame_levels(packed, level), other_place)
+    assert (base - turned)[packed.is_patch].abs().max() > 1e-3
+    (base,) = patches.unpack(base, packed)
+    for caption in ([4, 5, 7, 6], [4, 5, 6, 8], [4, 5, 6]):
+        (out,) = denoise_packed(network_of_three, [latent], [caption], level)
+        assert (out - base).abs().amax((0, 2, 3)).min() > 1e-4  # in every frame
+    (out,) = denoise_packed(network_of_three, [latent], [words], [torch.tensor([0.0, 0.5, 0.9])])
+    assert (out - base)[:, 1].abs().mean() > 2 * (out - base)[:, 0].abs().mean() > 0
+
+
+def test_rotary_scores_know_only_distances():
+    """Shift a clip in time, rows and columns: q . k stays, for each pair of its tokens."""
+    position = patches.grid_positions(3, 8, 10, 2)
+    q, k = torch.randn(2, len(position), 1, 64, generator=random_state(3))
+    scores = []
+    for shift in ((0, 0, 0), (5, 0, 0), (0, 9, 0), (0, 0, 13), (7, 2, 11), (-4, 0, 0)):
+        turn = dit.rotary_angles(position + torch.tensor(shift), 64, 100.0)
+        a, b = (dit.rotate(x, *turn)[:, 0] for x in (q, k))  # [n, head]
+        assert close(a.norm(dim=-1), q[:, 0].norm(dim=-1))
+        scores.append(a @ b.T)
+    assert all(close(score, scores[0]) for score in scores[1:])
+    assert not close(scores[0], q[:, 0] @ k[:, 0].T, 0.05)
+
+
+def test_a_shifted_clip_gives_the_same(network_of_three):
+    packed = patches.pack(*three_clips(), 2, 24)
+    shifted = replace(packed, position=packed.position + torch.tensor([3, 5, 2]))
+    level = patches.frame_levels(packed, LEVELS)
+    a, b = (network_of_three(packed.tokens, level, x) for x in (packed, shifted))
+    assert close(a, b)
+
+
+def test_attention_inside_clips_is_softmax_under_the_mask():
+    packed = patches.pack(*three_clips(), 2, 24)
+    q, k, v = torch.randn(3, 2, 24, 2, 16, generator=random_state(4))  # [B, L, heads, head]
+    order, groups = dit.clips_by_length(packed.sample_id)
+    assert groups == [(1, 7), (1, 15), (1, 22)]
+    out = dit.packed_attention(*(x.flatten(0, 1)[order] for x in (q, k, v)), groups)
+    mask = packed.sample_id[:, None, :, None] == packed.sample_id[:, None, None, :]
+    score = torch.einsum("bihd,bjhd->bhij", q, k) / 4
+    weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
+    whole = torch.einsum("bhij,bjhd->bihd", weight, v)
+    assert close(out, whole.flatten(0, 1)[order])
+
+
+def test_both_ways_of_attending_agree():
+    q, k, v = torch.randn(3, 1, 2, 600, 16, generator=random_state(5))
+    fused = dit.attend(q, k, v)
+    assert close(fused, (q @ k.mT / 4).softmax(-1) @ v)
+    assert close(dit.attend(q[..., :500, :], k[..., :500, :], v[..., :500, :]),
+                 torch.nn.functional.scaled_dot_product_attention(
+                     *(x[..., :500, :] for x in (q, k, v))))  # fmt: skip
+
+
+def test_adaln_zero_starts_as_the_identity_and_says_zero():
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(20, 20, 16, width=64, depth=2, heads=2))
+    latents, texts = three_clips()
+    assert all((out == 0).all() for out in denoise_packed(model, latents, texts, LEVELS))
+    seen = []
+    hooks = [b.register_forward_hook(lambda _, i, o: seen.append((i[0], o))) for b in model.blocks]
+    denoise_packed(model, latents, texts, LEVELS)
+    assert len(hooks) == len(seen) == 2
+    assert all(torch.equal(x, y) and x.std() > 0 for x, y in seen)
+
+
+# ========================================================================== the concept: diffusion.py
+
+EVERY_LEVEL = torch.linspace(0, 1, 101)
+
+
+def test_signal_and_noise_are_sides_of_a_right_triangle():
+    signal, noise = diffusion.signal_noise(EVERY_LEVEL)
+    assert close(signal.square() + noise.square(), torch.ones(101), 1e-6)
+    assert signal[-1] == 0 and noise[0] == 0 and signal[0] == 1 and noise[-1] == 1  # exactly
+    assert (signal.diff() < 0).all() and (noise.diff() > 0).all()
+    clean, eps = torch.randn(2, 101)
+    assert torch.equal(diffusion.add_noise(clean, eps, EVERY_LEVEL)[[0, -1]], torch.stack([clean[0], eps[-1]]))
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 2.0, 9.0])
+def test_shifted_levels_hide_more_by_the_square_root(ratio):
+    shifted = diffusion.shift_level(EVERY_LEVEL, ratio)
+    assert shifted[0] == 0 and shifted[-1] == 1  # exactly
+    (s, n), (s2, n2) = (diffusion.signal_noise(x[1:-1].double()) for x in (EVERY_LEVEL, shifted))
+    assert torch.allclose(n2 / s2, ratio**0.5 * n / s, rtol=1e-4)
+    assert (shifted.diff() > 0).all()
+    assert close(diffusion.shift_level(shifted, 1 / ratio), EVERY_LEVEL)
+
+
+def test_x_v_and_eps_say_the_same():
+    clean, eps = torch.randn(2, 101, 8, generator=random_state(6)).double()
+    level = EVERY_LEVEL[:, None].double()
+    x, (signal, noise) = diffusion.add_noise(clean, eps, level), diffusion.signal_noise(level)
+    for prediction, output in (("x", clean), ("v", signal * eps - noise * clean), ("eps", eps)):
+        says = diffusion.to_clean(output, x, level, prediction)
+        known = slice(None, -1) if prediction == "eps" else slice(None)  # level 1: eps says nothing
+        assert close(says[known], clean[known], 1e-6)
+
+
+def test_the_loss_is_an_error_of_v_until_it_is_clipped():
+    clean, eps = torch.randn(2, 101, 8, generator=random_state(7))
+    level = EVERY_LEVEL[:, None]
+    signal, noise = diffusion.signal_noise(level)
+    wrong = clean + torch.randn(101, 8, generator=random_state(8))
+    loss = diffusion.denoising_error(lambda x, level: wrong, clean, eps, level)
+    x = diffusion.add_noise(clean, eps, level)
+    v_error = (signal * x - wrong) / noise.clamp(min=1e-9) - (signal * eps - noise * clean)
+    free = (noise.square() > 1 / 5).expand_as(loss)
+    assert torch.allclose(loss[free], v_error.square()[free], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(loss[~free], 5 * (wrong - clean).square()[~free])
+    assert 20 * 8 < int(free.sum()) < 90 * 8
+
+
+def test_training_levels_are_spread_evenly():
+    level = diffusion.training_levels(64, random_state(0))
+    assert ((level.sort()[0] * 64).floor() == torch.arange(64)).all()
+    assert not torch.equal(level, level.sort()[0])
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_ddim_with_the_true_clean_clip_keeps_its_noise_and_recovers_it(prediction):
+    clean, eps = torch.randn(2, 3, 4, 5, generator=random_state(10)).double()
+    start = torch.full((3, 1, 1), 0.98 if prediction == "eps" else 1.0).double()
+    seen = []
+
+    def denoise(x: Tensor, level: Tensor) -> Tensor:
+        assert close(x, diffusion.add_noise(clean, eps, level))  # the noise is still the same
+        seen.append(float(level[0]))
+        signal, noise = diffusion.signal_noise(level)
+        return {"x": clean, "eps": eps, "v": signal * eps - noise * clean}[prediction]
+
+    levels = diffusion.straight_levels(7, start)
+    out = diffusion.sample(denoise, diffusion.add_noise(clean, eps, start), levels, 0.0, prediction)
+    assert close(out, clean) and len(seen) == 7 and levels.shape == (8, 3, 1, 1)
+
+
+@pytest.mark.parametrize("level, to", [(1.0, 0.9), (0.9, 0.3), (0.5, 0.49), (0.2, 0.0), (1.0, 0.0)])
+def test_the_ancestral_step_draws_from_the_posterior(level, to):
+    """DDPM, equations 6 and 7, in DDPM's letters, with `to` one step before `level`."""
+    level, to = torch.tensor([level, to]).double()
+    a_bar, a_bar_before = (diffusion.signal_noise(x)[0] ** 2 for x in (level, to))
+    alpha = a_bar / a_bar_before
+    beta = 1 - alpha
+    x0, xt = torch.randn(2, 50, generator=random_state(11)).double()
+    mean = a_bar_before.sqrt() * beta / (1 - a_bar) * x0
+    mean = mean + alpha.sqrt() * (1 - a_bar_before) / (1 - a_bar) * xt
+    variance = (1 - a_bar_before) / (1 - a_bar) * beta
+
+    def step(fresh: Tensor) -> Tensor:
+        return diffusion.step(xt, x0, level, to, 1.0, fresh)
+
+    zero, one = torch.zeros(50).double(), torch.ones(50).double()
+    assert close(step(zero), mean)
+    assert close((step(one) - step(zero)).square(), variance.expand(50))
+    draws = step(torch.randn(40_000, 50, generator=random_state(12)).double())
+    assert close(draws.mean(0), mean, 0.03)
+    assert draws.var(0).mean().item() == pytest.approx(variance.item(), rel=0.01)
+
+
+def test_ancestral_sampling_of_a_gaussian_has_its_mean_and_variance():
+    """For clean ~ N(m, s^2) the perfect denoiser is known; many small steps must give N(m, s^2)."""
+    m, s = 1.5, 0.5
+
+    def denoise(x: Tensor, level: Tensor) -> Tensor:
+        signal, noise = diffusion.signal_noise(level)
+        return m + s**2 * signal / (s**2 * signal**2 + noise**2) * (x - signal * m)
+
+    levels = diffusion.straight_levels(200, torch.ones(1))
+    x = torch.randn(1, 40_000, generator=random_state(13))
+    for eta in (0.0, 1.0):
+        out = diffusion.sample(denoise, x, levels, eta, generators=[random_state(14)])
+        assert out.mean().item() == pytest.approx(m, abs=0.02)
+        assert out.std().item() == pytest.approx(s, abs=0.02)
+
+
+def mix(x: Tensor, level: Tensor) -> Tensor:
+    """A stand-in for a network: each clip's output depends on all of its numbers."""
+    return torch.tanh(x + x.flatten(1).mean(1).view(-1, 1, 1, 1, 1) * level)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_given_frames_are_bit_equal_whatever_the_network_says(eta):
+    x = torch.randn(2, 3, 5, 4, 4, generator=random_state(15))
+    given = torch.tensor([1, 0, 0, 1, 0]).bool()
+    start = torch.where(given, 0.0, 1.0).view(1, 1, 5, 1, 1)
+    levels = diffusion.straight_levels(6, start)
+    levels[:, :, :, 3] = 0.07  # a noisy context: given, and known not to be clean
+
+    def wild(x: Tensor, level: Tensor) -> Tensor:
+        return torch.where(given.view(1, 1, 5, 1, 1), torch.nan, mix(x, level))
+
+    out = diffusion.sample(wild, x, levels, eta, generators=[random_state(k) for k in (0, 1)])
+    assert torch.equal(out[:, :, given], x[:, :, given])
+    assert out.isfinite().all() and (out != x)[:, :, ~given].all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_clip_does_not_depend_on_its_batch(eta):
+    x = torch.randn(3, 2, 4, 4, 4, generator=random_state(16))
+    levels = diffusion.straight_levels(5, torch.ones(1, 1, 1, 1, 1))
+
+    def run_of(which: list[int]) -> Tensor:
+        generators = [random_state(100 + k) for k in which]
+        return diffusion.sample(mix, x[which], levels, eta, generators=generators)
+
+    together = run_of([0, 1, 2])
+    for which in ([0], [2], [1, 0]):
+        assert torch.equal(run_of(which), together[which])
+
+
+def test_guidance_1_is_no_guidance_and_more_goes_beyond():
+    x, level = torch.randn(2, 1, 3, 4, 4), torch.tensor(0.5)
+
+    def without(x: Tensor, level: Tensor) -> Tensor:
+        return 0.3 * x - 1
+
+    assert diffusion.guided(mix, without, 1) is mix
+    a, b = mix(x, level), without(x, level)
+    for strength in (0.0, 0.5, 3.0):  # equation 6 of the paper, w = strength - 1
+        w = strength - 1
+        assert close(diffusion.guided(mix, without, strength)(x, level), (1 + w) * a - w * b)
+    near = diffusion.guided(mix, without, 1 + 1e-7)(x, level)
+    assert close(near, a)
+
+
+def test_levels_that_rise_are_refused():
+    x, levels = torch.randn(1, 1, 2, 1, 1), torch.ones(3, 1, 1, 2, 1, 1)
+    levels[1:, ..., 0, :, :] = 0.5
+    levels[2, ..., 0, :, :] = 0.6
+    with pytest.raises(ValueError, match="never rise"):
+        diffusion.sample(mix, x, levels)
+
+
+# =============================================================================== the concept: text.py
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.from_captions(["a 7 moving left", "a 3 moving up and an 8 moving right"], 300)
+
+
+@pytest.mark.parametrize("said", [
+    "", " ", "  ", "\n", " a", "a ", "a  b\t\r\n", "a 7 moving left", "A 7 MOVING", "löft", "日本語",
+    "\U0001f642\u200d\u2642\ufe0f", "\0", "\ufeff\u2028\x85", "ö" * 99, "a7moving,left!?", "�",
+])  # fmt: skip
+def test_any_text_comes_back(words, said):
+    assert words.decode(words.encode(said)) == said
+
+
+def test_random_unicode_comes_back(words):
+    rng = np.random.default_rng(0)
+    for top in (128, 0x250, 0x3000, 0x110000):
+        for _ in range(200):
+            codes = rng.integers(0, top, rng.integers(1, 30))
+            said = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+            ids = words.encode(said)
+            assert words.decode(ids) == said and 0 <= min(ids) and max(ids) < words.size
+
+
+def test_known_words_are_one_token_and_others_are_bytes(words):
+    assert len(words.encode("a 7 moving left")) == 4 and len(set(words.encode("a a a"))) == 1
+    assert words.encode("a löft")[1:] == list(" löft".encode())
+    assert words.encode("") == [text.NOTHING] and words.decode([text.NOTHING, text.END]) == ""
+    assert words.decode(words.encode("ö")[:-1]) == "\ufffd"
+    assert Tokenizer(words.words).encode("a 3 moving up") == words.encode("a 3 moving up")
+    small = Tokenizer.from_captions(["b b b a a c"], text.SPECIALS + 2)
+    assert small.words == [" b", " a"] and small.size == text.SPECIALS + 2
+    with pytest.raises(ValueError, match="too small"):
+        Tokenizer.from_captions([], 100)
+
+
+# =============================================================================== the concept: data.py
+
+
+@pytest.fixture(scope="module")
+def moving() -> data.World:
+    return data.World(data.WorldConfig(), *evaluate.digits(held_out=False), seed=5)
+
+
+def test_a_clip_is_a_function_of_its_seed_and_number(moving):
+    index = np.arange(40)
+    pixels, facts = moving.clips(index)
+    order = np.random.default_rng(0).permutation(40)
+    for which in (order, order[:7], order[3:4]):
+        some, their = moving.clips(which)
+        assert all(np.array_equal(some[j], pixels[k]) for j, k in enumerate(which))
+        assert their == [facts[k] for k in which] == moving.all_facts(which, moving.size(which))
+    assert len({clip.tobytes() for clip in pixels}) == 40  # all different
+    other = data.World(moving.config, *evaluate.digits(held_out=False), seed=6)
+    assert [f["digits"] for f in other.all_facts(index, other.size(index))] != [f["digits"] for f in facts]
+    far = np.array([10**15, 2**62])  # no clip is too far away
+    assert np.array_equal(moving.clips(far)[0][1], moving.clips(far[1:])[0][0])
+
+
+def bounce(start: int, velocity: int, room: int, frames: int) -> tuple[list[int], int]:
+    """Pixel by pixel: turn round where the next pixel is behind the wall. Places, and how many turns."""
+    place, way, turns, places = start, int(np.sign(velocity)), 0, [start]
+    for _ in range(frames - 1):
+        for _ in range(abs(velocity)):
+            if room and not 0 <= place + way <= room:
+                way, turns = -way, turns + 1
+            place += way if room else 0
+        places.append(place)
+    return places, turns
+
+
+@pytest.mark.parametrize("extra", [(0, 9), (3, 5), (30, 1), (18, 26)])
+def test_digits_bounce_as_in_a_simulation_step_by_step(moving, extra):
+    n, frames, d = 150, 41, moving.config.digit
+    size = np.tile((frames, d + extra[0], d + extra[1]), (n, 1))
+    facts = moving.facts(np.arange(n), size)
+    path = moving.path(facts, size, frames)
+    described = moving.all_facts(np.arange(n), size)
+    for k in range(n):
+        for j in np.flatnonzero(facts["present"][k]):
+            walks = [bounce(*facts["start"][k, j, [a]], facts["velocity"][k, j, a], extra[a], frames) for a in (0, 1)]
+            assert path[k, :, j].T.tolist() == [walk[0] for walk in walks]
+            assert described[k]["digits"][j]["bounces"] == sum(walk[1] for walk in walks)
+    assert path.min() >= 0 and (path <= size[:, None, None, 1:] - d).all()
+
+
+def test_pixels_are_the_sprites_at_their_places(moving):
+    index = np.arange(30)
+    sizes = moving.size(index)
+    facts, (pixels, _) = moving.facts(index, sizes), moving.clips(index)
+    for k, (T, H, W) in enumerate(sizes):
+        path = moving.path({n: v[k : k + 1] for n, v in facts.items()}, sizes[k : k + 1], T)[0]
+        expected, d = np.zeros((T, H, W), np.uint8), moving.config.digit
+        for t in range(T):
+            for j in np.flatnonzero(facts["present"][k]):
+                r, c = path[t, j]
+                box = expected[t, r : r + d, c : c + d]
+                np.maximum(box, moving.sprites[facts["sprite"][k, j]], out=box)
+        assert np.array_equal(pixels[k][0], expected) and pixels[k].dtype == np.uint8
+
+
+def test_short_captions_say_what_happens(moving):
+    index = np.arange(600)
+    sizes = np.tile((9, 48, 48), (600, 1))
+    facts = moving.facts(index, sizes)
+    path = moving.path(facts, sizes, 9)
+    counts = {1: 0, 2: 0}
+    for k, said in enumerate(map(data.short_caption, moving.all_facts(index, sizes))):
+        parts = [re.fullmatch(r"(an?) (\d) moving (\w+)", part).groups() for part in said.split(" and ")]
+        counts[len(parts)] += 1
+        assert len(parts) == facts["present"][k].sum()
+        for j, (article, digit, way) in enumerate(parts):
+            first = np.sign(path[k, 1:5, j] - path[k, :4, j])  # at least four frames as said
+            assert {tuple(x) for x in first} == {data.DIRECTIONS[way]}
+            assert int(digit) == moving.labels[facts["sprite"][k, j]]
+            assert article == ("an" if digit == "8" else "a")
+        if len(parts) == 2:
+            assert (abs(path[k, 0, 0] - path[k, 0, 1]) >= moving.config.digit).any()  # apart
+    assert abs(counts[2] / 600 - moving.config.two_digits) < 0.07
+
+
+def test_descriptive_captions_agree_with_the_facts(moving):
+    for fact in moving.all_facts(np.arange(200), moving.size(np.arange(200))):
+        said = data.descriptive_caption(fact)
+        assert said.endswith("a still image." if fact["frames"] == 1 else f"{fact['frames']} frames.")
+        for d in fact["digits"]:
+            way = f"{d['digit']} starts at the {d['region']}, moving {d['direction']} "
+            assert way + ("fast" if d["speed"] > 1 else "slowly") in said
+        touches = sum(d["bounces"] == 0 for d in fact["digits"]) * (fact["frames"] > 1)
+        assert said.count("touches no wall") == touches
+
+
+def test_sizes_are_those_of_the_config(moving):
+    c, sizes = moving.config, moving.size(np.arange(4000))
+    still = sizes[:, 0] == 1
+    assert abs(still.mean() - c.images) < 0.04
+    assert set(map(tuple, sizes[~still, 1:])) == set(c.shapes)
+    assert set(map(tuple, sizes[still, 1:])) == set(c.shapes + c.image_shapes)
+    assert set(sizes[~still, 0]) == set(c.durations)
+    assert (moving.size(np.arange(99), images=1.0)[:, 0] == 1).all()
+    assert (moving.size(np.arange(99), images=0.0)[:, 0] > 1).all()
+    with pytest.raises(ValueError, match="does not fit"):
+        moving.facts(np.arange(1), np.array([(9, 8, 48)]))
+
+
+def test_held_out_digits_are_never_trained_on():
+    images, labels = data.load_digits(HERE / "digits.png")
+    assert images.shape == (5000, 28, 28) and np.bincount(labels).tolist() == [500] * 10
+    train, test = (data.split(images, labels, held_out=x) for x in (False, True))
+    assert np.bincount(train[1]).tolist() == [450] * 10 and np.bincount(test[1]).tolist() == [50] * 10
+    assert not {x.tobytes() for x in train[0]} & {x.tobytes() for x in test[0]}
+    assert np.array_equal(test[0][:50], images[450:500])  # the last 50 of each class
+
+
+def test_hashed_numbers_are_uniform_and_independent():
+    u = data.hashed_uniform(3, np.arange(40_000), 8)
+    assert u.shape == (40_000, 8) and 0 <= u.min() and u.max() < 1
+    assert abs(u.mean(0) - 1 / 2).max() < 0.007 and abs(u.var(0) - 1 / 12).max() < 0.002
+    counts = np.histogram(u, 64, (0, 1))[0] / (u.size / 64)
+    assert abs(counts - 1).max() < 0.06
+    neighbours = [u[1:], u[:-1], data.hashed_uniform(4, np.arange(39_999), 8)]  # of clip and of seed
+    table = np.corrcoef(np.concatenate(neighbours, axis=1).T) - np.eye(24)
+    assert abs(table).max() < 0.025
+    assert np.array_equal(data.hashed_uniform(3, [77], 3)[0], u[77, :3])
+
+
