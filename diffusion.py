@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------- the schedule
@@ -99,7 +100,9 @@ def training_levels(count: int, generator: torch.Generator) -> Tensor:
     return (slices + torch.rand(count, generator=generator)) / count
 
 
-def denoising_error(denoise: Callable, clean: Tensor, eps: Tensor, level: Tensor, prediction: str = "x") -> Tensor:
+def denoising_error(
+    denoise: Callable, clean: Tensor, eps: Tensor, level: Tensor, prediction: str = "x"
+) -> Tensor:
     """The weighted squared error of each number, in the shape of `clean`. The caller takes the mean over
     what counts: given frames and padding don't.
 
@@ -136,7 +139,11 @@ def step(x: Tensor, clean: Tensor, level: Tensor, to: Tensor, eta: float, fresh:
     (signal, noise), (signal_to, noise_to) = signal_noise(level), signal_noise(to)
     noise = noise.clamp(min=1e-12)  # at level 0 there is nothing to do: see `sample`
     eps = (x - signal * clean) / noise
-    spread = eta * (noise_to / noise) * (1 - (signal / signal_to.clamp(min=1e-12)).square()).clamp(min=0).sqrt()
+    spread = (
+        eta
+        * (noise_to / noise)
+        * (1 - (signal / signal_to.clamp(min=1e-12)).square()).clamp(min=0).sqrt()
+    )
     kept = (noise_to.square() - spread.square()).clamp(min=0).sqrt()
     return signal_to * clean + kept * eps + spread * fresh
 
@@ -172,3 +179,68 @@ def sample(
             fresh = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
         x = torch.where(to < level, step(x, clean, level, to, eta, fresh), x)
     return x
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def perfect_denoiser(points: Tensor) -> Callable:
+    """The expected clean point, if each of `points` [K, 2] is equally likely to be the clean one.
+
+    Bayes: a point k weighs exp(-|x - signal point_k|^2 / (2 noise^2)). With a level for each
+    coordinate, a given one (level 0) leaves only the points that have this value.
+    """
+
+    def denoise(x: Tensor, level: Tensor) -> Tensor:
+        signal, noise = signal_noise(level)
+        miss = (x[:, None] - (signal * points)[None]) / noise.clamp(min=0.02)  # [N, K, 2]
+        return (-0.5 * miss.square().sum(-1)).softmax(-1) @ points  # [N, 2]
+
+    return denoise
+
+
+def main():
+    turn = torch.arange(40) / 40 * 2 * math.pi
+    heart = torch.stack([16 * turn.sin() ** 3, -13 * turn.cos() + 5 * (2 * turn).cos()], dim=1)
+    heart[:, 1] += 2 * (3 * turn).cos() + (4 * turn).cos()
+    points = (heart - heart.mean(0)) / heart.std(0)  # [K, 2], standardised as latents are
+    denoise = perfect_denoiser(points)
+    N, steps = 600, 40
+    x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+    both, row = torch.ones(2), torch.tensor([1.0, 0.0])  # the second coordinate is given
+    given = x.clone()
+    given[:, 1] = points[12, 1]
+    runs = {
+        "DDIM": (x, both, 0.0),
+        "DDPM": (x, both, 1.0),
+        "the height is given": (given, row, 1.0),
+    }
+    sheet = Image.new("RGB", (6 * 160, len(runs) * 180), (24, 24, 24))
+    pen = ImageDraw.Draw(sheet)
+    for r, (name, (start, level, eta)) in enumerate(runs.items()):
+        generators = [torch.Generator().manual_seed(k) for k in range(N)]  # one for each point
+        levels = straight_levels(steps, level)  # [steps + 1, 2]
+        seen = [start]  # what the denoiser was shown, and at last the result
+
+        def watched(x: Tensor, level: Tensor, seen: list = seen) -> Tensor:
+            seen.append(x)
+            return denoise(x, level)
+
+        end = sample(watched, start, levels, eta, generators=generators)
+        far = torch.cdist(end, points).min(dim=1)[0]
+        hit = torch.cdist(end, points).argmin(dim=1).unique().numel()
+        print(f"{name}: {list(end.shape)} from noise in {steps} steps, ", end="")
+        print(f"now {far.mean():.3f} from a clean point; {hit} of {len(points)} of them were hit")
+        for c, k in enumerate((0, 8, 16, 24, 32, steps)):
+            pen.text((160 * c + 6, 180 * r + 4), f"{name}, level {levels[k, 0]:.1f}")
+            for cloud, colour in ((points, (90, 90, 90)), ((seen + [end])[k + 1], (255, 170, 60))):
+                for a, b in cloud.tolist():
+                    at = (160 * c + 80 + 24 * a, 180 * r + 98 + 24 * b)
+                    pen.ellipse((at[0] - 1, at[1] - 1, at[0] + 1, at[1] + 1), fill=colour)
+    print(f"given coordinates bit for bit the same: {torch.equal(end[:, 1], given[:, 1])}")
+    sheet.save("diffusion_demo.png")
+    print("wrote diffusion_demo.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 
@@ -210,3 +211,73 @@ class DiT(nn.Module):
         x = self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [N, outputs]
         full = x.new_zeros(layout.text.numel(), x.shape[-1]).index_copy(0, order, x)
         return full.unflatten(0, layout.text.shape)  # [B, L, outputs]
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def packed_example() -> SimpleNamespace:
+    """Two clips in one row, with the fields that `patches.pack` makes: three words and 2 x 2 x 3
+    patches; two words and an image of 2 x 2; and two places of padding."""
+    row = []  # of each token: text, (time, row, column), sample_id, frame_id
+    for clip, (words, t, h, w, frame) in enumerate(((3, 2, 2, 3, 0), (2, 1, 2, 2, 3))):
+        row += [(10 * clip + k, (k - words, 0, 0), clip, frame) for k in range(words)]
+        grid = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).tolist()
+        row += [(-1, tuple(place), clip, frame + 1 + place[0]) for place in grid]
+    row += [(-1, (0, 0, 0), -1, 0)] * 2
+    text, position, sample_id, frame_id = (torch.tensor([x]) for x in zip(*row, strict=True))
+    return SimpleNamespace(
+        text=text,  # [1, L]
+        position=position,  # [1, L, 3]
+        sample_id=sample_id,  # [1, L]
+        frame_id=frame_id,  # [1, L]
+        frame_clip=torch.tensor([0, 0, 0, 1, 1]),  # [F]: text, two frames; text, one frame
+    )
+
+
+def draw(layout: SimpleNamespace, head: int, base: float) -> Image.Image:
+    """Who attends to whom, by sample_id; and the cosines of the rotary angles, a row a token."""
+    ids = layout.sample_id[0]
+    mask = (ids[:, None] == ids) & (ids >= 0)  # [L, L]
+    cos = rotary_angles(layout.position[0], head, base)[0][:, 0]  # [L, head/2]
+    sheet = Image.new("L", (2 * 23 * 12 + 340, 23 * 12 + 30), 40)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 6), "attention: row attends to column", fill=255)
+    pen.text((320, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
+    for x, wide, table in ((10, 12, 40 + 200 * mask), (320, 17, 127.5 * (cos + 1))):
+        picture = Image.fromarray(table.byte().numpy())
+        size = (table.shape[1] * wide, table.shape[0] * 12)
+        sheet.paste(picture.resize(size, Image.NEAREST), (x, 24))
+    return sheet
+
+
+def main():
+    torch.manual_seed(0)
+    config = DiTConfig(inputs=20, outputs=20, vocabulary=32, width=128, depth=4, heads=2)
+    model, layout = DiT(config), packed_example()
+    level = torch.tensor([0, 0.0, 0.8, 0, 1.0])  # the first clip's first frame is given: level 0
+    tokens = torch.randn(1, layout.text.shape[1], config.inputs)
+    for name in ("text", "sample_id", "frame_id"):
+        print(f"{name:9s} {getattr(layout, name)[0].tolist()}")
+    print(f"clips of equal length, attended together: {clips_by_length(layout.sample_id)[1]}")
+    print(f"tokens {list(tokens.shape)}, level {list(level.shape)}", end=" -> ")
+    print(f"prediction {list(model(tokens, level, layout).shape)}")
+    print(f"adaLN-Zero: at the start it is {model(tokens, level, layout).abs().max():.0f} everywhere")
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    first = model(tokens, level, layout)
+    tokens[layout.sample_id == 1] += 1
+    change = (model(tokens, level, layout) - first).abs().amax(-1)[0]  # [L]
+    for clip in (0, 1):
+        change_here = change[layout.sample_id[0] == clip].max()
+        print(f"other pixels in clip 1 change clip {clip} by {change_here:.2g}")
+    total = sum(x.numel() for x in model.parameters())
+    for name, module in model.named_children():
+        n = sum(x.numel() for x in module.parameters())
+        print(f"{name:10s} {n:9,d} parameters, {n / total:4.0%}")
+    draw(layout, config.width // config.heads, config.rope_base).save("dit_demo.png")
+    print("wrote dit_demo.png")
+
+
+if __name__ == "__main__":
+    main()

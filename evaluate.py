@@ -42,7 +42,7 @@ from text import Tokenizer
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
-ROWS, BUDGET = 8, 256  # of the batches that `bench` times: those of the preset `tiny`
+ROWS, BUDGET, PATCH = 8, 256, 2  # of the batches that `bench` times: those of the preset `tiny`
 SCORES = ("digit", "direction", "digits", "directions", "both")  # the last three: of two digits
 
 
@@ -298,14 +298,14 @@ def mixed_batch(vae: VAE, config: DiTConfig) -> dict[str, patches.Packed]:
     tokenizer = Tokenizer.from_captions(captions, config.vocabulary)
     texts = [tokenizer.encode(caption) for caption in captions]
     grids = [vae.grid(*s) for s in size.tolist()]
-    lengths = [len(x) + patches.token_count(g, 1) for x, g in zip(texts, grids, strict=True)]
+    lengths = [len(x) + patches.token_count(g, PATCH) for x, g in zip(texts, grids, strict=True)]
     plan = patches.longest_prefix(lengths, BUDGET, ROWS)
     n = sum(map(len, plan))
-    latents = [torch.randn(config.inputs, *grid) for grid in grids[:n]]  # noise is as fast as any
+    latents = [torch.randn(config.inputs // PATCH**2, *g) for g in grids[:n]]  # noise is as fast
     alone = [[clip] for clip in range(n)]
     return {
-        "packed": patches.pack(latents, texts[:n], 1, BUDGET, plan),
-        "padded": patches.pack(latents, texts[:n], 1, max(lengths[:n]), alone),
+        "packed": patches.pack(latents, texts[:n], PATCH, BUDGET, plan),
+        "padded": patches.pack(latents, texts[:n], PATCH, max(lengths[:n]), alone),
     }
 
 

@@ -1,7 +1,7 @@
 """The tests. First each concept's promises, as exact as floating point allows; then the commands.
 
-    python -m pytest -q                  # everything
-    python -m pytest -q -k packed        # what has this word in its name
+python -m pytest -q                  # everything
+python -m pytest -q -k packed        # what has this word in its name
 """
 
 import argparse
@@ -62,7 +62,7 @@ def random_state(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ================================================================================ the concept: vae.py
+# ============================================================================== the concept: vae.py
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,9 @@ def test_a_decoded_frame_never_depends_on_later_latents(vae):
         )
 
 
-@pytest.mark.parametrize("chunks", [[21], [1, 4, 4, 4, 4, 4], [5, 16], [13, 4, 4], [1, 20], [9, 8, 4]])
+@pytest.mark.parametrize(
+    "chunks", [[21], [1, 4, 4, 4, 4, 4], [5, 16], [13, 4, 4], [1, 20], [9, 8, 4]]
+)
 def test_a_streamed_encoding_is_the_whole(vae, chunks):
     video = video_of(sum(chunks))
     parts = list(vae.encode_stream(video.split(chunks, dim=2)))
@@ -164,7 +166,7 @@ def test_a_size_that_the_vae_cannot_divide_is_a_sentence(vae, size):
         vae.grid(*size)
 
 
-# ============================================================================ the concept: patches.py
+# ========================================================================== the concept: patches.py
 
 
 def test_patches_are_in_reading_order():
@@ -178,7 +180,9 @@ def test_patches_are_in_reading_order():
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("grid, p", [((1, 2, 2), 2), ((3, 4, 6), 2), ((2, 6, 3), 3), ((2, 3, 5), 1)])
+@pytest.mark.parametrize(
+    "grid, p", [((1, 2, 2), 2), ((3, 4, 6), 2), ((2, 6, 3), 3), ((2, 3, 5), 1)]
+)
 def test_unpatchify_undoes_patchify(batch, grid, p):
     latent = torch.randn(*batch, 5, *grid)
     tokens = patches.patchify(latent, p)
@@ -195,7 +199,12 @@ def test_first_fit_names_each_clip_once_and_fills_well():
         assert sorted(c for row in rows for c in row) == list(range(len(lengths)))
         assert max(used) <= 64 and min(used) > 0
         # No clip of a later row would have fitted into an earlier one.
-        assert all(used[r] + lengths[c] > 64 for r in range(len(rows)) for row in rows[r + 1 :] for c in row)
+        assert all(
+            used[r] + lengths[c] > 64
+            for r in range(len(rows))
+            for row in rows[r + 1 :]
+            for c in row
+        )
     assert patches.first_fit([7, 22, 15], 24) == [[1], [2, 0]]  # the docstring's example
     with pytest.raises(ValueError, match="clip 1 has 25 tokens, but a row has room for 24"):
         patches.first_fit([3, 25], 24)
@@ -228,7 +237,14 @@ def test_the_packing_of_the_docstring():
     assert packed.frame_id[1].tolist() == [6] * 3 + [7] * 6 + [8] * 6 + [0] * 3 + [1] * 4 + [0] * 2
     assert packed.text[1].tolist() == [8, 9, 10] + [-1] * 12 + [1, 2, 3] + [-1] * 6
     assert packed.fill == 44 / 48 and int(packed.is_patch.sum()) == 4 + 18 + 12
-    assert packed.position[0, :6].tolist() == [[-4, 0, 0], [-3, 0, 0], [-2, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert packed.position[0, :6].tolist() == [
+        [-4, 0, 0],
+        [-3, 0, 0],
+        [-2, 0, 0],
+        [-1, 0, 0],
+        [0, 0, 0],
+        [0, 0, 1],
+    ]
     assert all(map(torch.equal, patches.unpack(packed.tokens, packed), latents))
     levels = [torch.tensor([0.1]), torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0.5, 0.6])]
     table = patches.frame_levels(packed, levels)
@@ -243,7 +259,7 @@ def test_a_plan_that_loses_a_clip_or_overfills_a_row_is_refused():
         patches.pack(latents, texts, 2, 24, [[0, 1], [2]])
 
 
-# ================================================================================ the concept: dit.py
+# ============================================================================== the concept: dit.py
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +273,9 @@ LEVELS = [torch.tensor([0.7]), torch.tensor([0.0, 0.4, 0.9]), torch.tensor([1.0,
 
 def denoise_packed(model: DiT, latents, texts, levels, budget=24, rows=None) -> list[Tensor]:
     packed = patches.pack(latents, texts, 2, budget, rows)
-    return patches.unpack(model(packed.tokens, patches.frame_levels(packed, levels), packed), packed)
+    return patches.unpack(
+        model(packed.tokens, patches.frame_levels(packed, levels), packed), packed
+    )
 
 
 PLANS = [(24, None), (44, [[2, 0, 1]]), (64, [[], [1, 2], [0], []]), (22, [[1], [0], [2]])]
@@ -378,7 +396,7 @@ def test_adaln_zero_starts_as_the_identity_and_says_zero():
     assert all(torch.equal(x, y) and x.std() > 0 for x, y in seen)
 
 
-# ========================================================================== the concept: diffusion.py
+# ======================================================================== the concept: diffusion.py
 
 EVERY_LEVEL = torch.linspace(0, 1, 101)
 
@@ -389,7 +407,9 @@ def test_signal_and_noise_are_sides_of_a_right_triangle():
     assert signal[-1] == 0 and noise[0] == 0 and signal[0] == 1 and noise[-1] == 1  # exactly
     assert (signal.diff() < 0).all() and (noise.diff() > 0).all()
     clean, eps = torch.randn(2, 101)
-    assert torch.equal(diffusion.add_noise(clean, eps, EVERY_LEVEL)[[0, -1]], torch.stack([clean[0], eps[-1]]))
+    assert torch.equal(
+        diffusion.add_noise(clean, eps, EVERY_LEVEL)[[0, -1]], torch.stack([clean[0], eps[-1]])
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 2.0, 9.0])
@@ -546,7 +566,7 @@ def test_levels_that_rise_are_refused():
         diffusion.sample(mix, x, levels)
 
 
-# =============================================================================== the concept: text.py
+# ============================================================================= the concept: text.py
 
 
 @pytest.fixture(scope="module")
@@ -555,8 +575,9 @@ def words() -> Tokenizer:
 
 
 @pytest.mark.parametrize("said", [
-    "", " ", "  ", "\n", " a", "a ", "a  b\t\r\n", "a 7 moving left", "A 7 MOVING", "löft", "日本語",
-    "\U0001f642\u200d\u2642\ufe0f", "\0", "\ufeff\u2028\x85", "ö" * 99, "a7moving,left!?", "�",
+    "", " ", "  ", "\n", " a", "a ", "a  b\t\r\n", "a 7 moving left", "A 7 MOVING", "löft",
+    "日本語", "\U0001f642\u200d\u2642\ufe0f", "\0", "\ufeff\u2028\x85", "ö" * 99, "a7moving,left!?",
+    "\ufffd",
 ])  # fmt: skip
 def test_any_text_comes_back(words, said):
     assert words.decode(words.encode(said)) == said
@@ -584,7 +605,7 @@ def test_known_words_are_one_token_and_others_are_bytes(words):
         Tokenizer.from_captions([], 100)
 
 
-# =============================================================================== the concept: data.py
+# ============================================================================= the concept: data.py
 
 
 @pytest.fixture(scope="module")
@@ -602,13 +623,15 @@ def test_a_clip_is_a_function_of_its_seed_and_number(moving):
         assert their == [facts[k] for k in which] == moving.all_facts(which, moving.size(which))
     assert len({clip.tobytes() for clip in pixels}) == 40  # all different
     other = data.World(moving.config, *evaluate.digits(held_out=False), seed=6)
-    assert [f["digits"] for f in other.all_facts(index, other.size(index))] != [f["digits"] for f in facts]
+    assert [f["digits"] for f in other.all_facts(index, other.size(index))] != [
+        f["digits"] for f in facts
+    ]
     far = np.array([10**15, 2**62])  # no clip is too far away
     assert np.array_equal(moving.clips(far)[0][1], moving.clips(far[1:])[0][0])
 
 
 def bounce(start: int, velocity: int, room: int, frames: int) -> tuple[list[int], int]:
-    """Pixel by pixel: turn round where the next pixel is behind the wall. Places, and how many turns."""
+    """Pixel by pixel: turn round where the next is behind the wall. Places, and number of turns."""
     place, way, turns, places = start, int(np.sign(velocity)), 0, [start]
     for _ in range(frames - 1):
         for _ in range(abs(velocity)):
@@ -628,7 +651,10 @@ def test_digits_bounce_as_in_a_simulation_step_by_step(moving, extra):
     described = moving.all_facts(np.arange(n), size)
     for k in range(n):
         for j in np.flatnonzero(facts["present"][k]):
-            walks = [bounce(*facts["start"][k, j, [a]], facts["velocity"][k, j, a], extra[a], frames) for a in (0, 1)]
+            walks = [
+                bounce(*facts["start"][k, j, [a]], facts["velocity"][k, j, a], extra[a], frames)
+                for a in (0, 1)
+            ]
             assert path[k, :, j].T.tolist() == [walk[0] for walk in walks]
             assert described[k]["digits"][j]["bounces"] == sum(walk[1] for walk in walks)
     assert path.min() >= 0 and (path <= size[:, None, None, 1:] - d).all()
@@ -656,7 +682,9 @@ def test_short_captions_say_what_happens(moving):
     path = moving.path(facts, sizes, 9)
     counts = {1: 0, 2: 0}
     for k, said in enumerate(map(data.short_caption, moving.all_facts(index, sizes))):
-        parts = [re.fullmatch(r"(an?) (\d) moving (\w+)", part).groups() for part in said.split(" and ")]
+        parts = [
+            re.fullmatch(r"(an?) (\d) moving (\w+)", part).groups() for part in said.split(" and ")
+        ]
         counts[len(parts)] += 1
         assert len(parts) == facts["present"][k].sum()
         for j, (article, digit, way) in enumerate(parts):
@@ -672,7 +700,9 @@ def test_short_captions_say_what_happens(moving):
 def test_descriptive_captions_agree_with_the_facts(moving):
     for fact in moving.all_facts(np.arange(200), moving.size(np.arange(200))):
         said = data.descriptive_caption(fact)
-        assert said.endswith("a still image." if fact["frames"] == 1 else f"{fact['frames']} frames.")
+        assert said.endswith(
+            "a still image." if fact["frames"] == 1 else f"{fact['frames']} frames."
+        )
         for d in fact["digits"]:
             way = f"{d['digit']} starts at the {d['region']}, moving {d['direction']} "
             assert way + ("fast" if d["speed"] > 1 else "slowly") in said
@@ -697,7 +727,9 @@ def test_held_out_digits_are_never_trained_on():
     images, labels = data.load_digits(HERE / "digits.png")
     assert images.shape == (5000, 28, 28) and np.bincount(labels).tolist() == [500] * 10
     train, test = (data.split(images, labels, held_out=x) for x in (False, True))
-    assert np.bincount(train[1]).tolist() == [450] * 10 and np.bincount(test[1]).tolist() == [50] * 10
+    assert (
+        np.bincount(train[1]).tolist() == [450] * 10 and np.bincount(test[1]).tolist() == [50] * 10
+    )
     assert not {x.tobytes() for x in train[0]} & {x.tobytes() for x in test[0]}
     assert np.array_equal(test[0][:50], images[450:500])  # the last 50 of each class
 
@@ -708,9 +740,528 @@ def test_hashed_numbers_are_uniform_and_independent():
     assert abs(u.mean(0) - 1 / 2).max() < 0.007 and abs(u.var(0) - 1 / 12).max() < 0.002
     counts = np.histogram(u, 64, (0, 1))[0] / (u.size / 64)
     assert abs(counts - 1).max() < 0.06
-    neighbours = [u[1:], u[:-1], data.hashed_uniform(4, np.arange(39_999), 8)]  # of clip and of seed
+    neighbours = [
+        u[1:],
+        u[:-1],
+        data.hashed_uniform(4, np.arange(39_999), 8),
+    ]  # of clip and of seed
     table = np.corrcoef(np.concatenate(neighbours, axis=1).T) - np.eye(24)
     assert abs(table).max() < 0.025
     assert np.array_equal(data.hashed_uniform(3, [77], 3)[0], u[77, :3])
 
 
+# ======================================================================================== the demos
+
+
+@pytest.mark.parametrize("concept", ["data", "vae", "patches", "dit", "diffusion", "text"])
+def test_a_demo_runs_and_draws(concept, tmp_path):
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(HERE / f"{concept}.py")]
+    done = subprocess.run(words, cwd=tmp_path, env=one, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"wrote {concept}_demo.png" in done.stdout or concept == "data"
+    picture = np.asarray(Image.open(tmp_path / f"{concept}_demo.png").convert("L"))
+    assert min(picture.shape) >= 100 and picture.std() > 10
+    assert os.listdir(tmp_path) == [f"{concept}_demo.png"]
+
+
+# ============================================================ reading clips: reader.py, evaluate.py
+
+CONFIG = data.WorldConfig(digit=14, durations=(5, 9, 17), shapes=((32, 32), (24, 40), (48, 32)))
+
+
+def world(share: float, held_out: bool = True, seed: int = 3) -> data.World:
+    """A world in which this share of the clips has two digits."""
+    config = data.WorldConfig(**{**asdict(CONFIG), "two_digits": share})
+    return data.World(config, *evaluate.digits(held_out), seed)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A classifier trained for a fifth of the usual time."""
+    images, labels = evaluate.digits(held_out=False)
+    return reader.train_classifier(data.make_sprites(images, CONFIG.digit), labels, epochs=2)
+
+
+def test_classifier_knows_held_out_digits(network):
+    images, labels = evaluate.digits(held_out=True)
+    assert len(labels) == 500
+    assert reader.accuracy(network, data.make_sprites(images, CONFIG.digit), labels) >= 0.95
+
+
+@pytest.mark.parametrize("size", [(5, 24, 24), (9, 32, 32), (17, 24, 40)])
+def test_one_digit_is_read_from_real_clips(network, size):
+    clips, facts = world(0.0).clips(np.arange(80), size)
+    seen = [reader.read_one(clip, network, CONFIG.digit) for clip in clips]
+    scores = [reader.score_one(s, f["digits"]) for s, f in zip(seen, facts, strict=True)]
+    assert all(score["direction"] == 1 for score in scores)
+    assert np.mean([score["digit"] for score in scores]) >= 0.93
+
+
+def test_two_digits_are_tracked_through_crossings():
+    two, size, n = world(1.0), (17, 32, 32), 60
+    sizes = np.tile(size, (n, 1))
+    path = two.path(two.facts(np.arange(n), sizes), sizes, size[0])  # [n, T, 2, 2]
+    crosses = (np.abs(path[:, :, 0] - path[:, :, 1]) < 10).all(-1).any(-1)
+    assert crosses.sum() > 15
+    for clip, true in zip(two.clips(np.arange(n), size)[0], path, strict=True):
+        tracks = reader.track_two(reader.to_ink(clip), CONFIG.digit, fastest=2)
+        offsets = [tracks[:, order] - true for order in ([0, 1], [1, 0])]  # either may be first
+        # A box's corner and its digit's centre differ by the same all the time.
+        assert min(np.abs(o - np.median(o, axis=0)).max() for o in offsets) <= 1
+
+
+def test_two_digits_are_read_and_only_what_is_there(network):
+    clips, facts = world(1.0).clips(np.arange(60), (9, 32, 48))
+    seen = [reader.read_two(clip, network, CONFIG.digit) for clip in clips]
+
+    def share(asked):
+        scores = [reader.score_two(s, f["digits"]) for s, f in zip(seen, asked, strict=True)]
+        return np.mean([score["both"] for score in scores])
+
+    assert share(facts) >= 0.9
+    assert share(facts[1:] + facts[:1]) <= 0.1  # the prompts of other clips
+
+
+def test_score_two_takes_either_order_but_no_exchange():
+    asked = [{"digit": 3, "direction": "up"}, {"digit": 8, "direction": "right"}]
+    swapped = {"digits": [8, 3], "directions": ["right", "up"]}
+    assert reader.score_two(swapped, asked) == {"digits": 1, "directions": 1, "both": 1}
+    exchanged = {"digits": [8, 3], "directions": ["up", "right"]}
+    assert reader.score_two(exchanged, asked) == {"digits": 1, "directions": 1, "both": 0}
+    twice = {"digits": [3, 3], "directions": ["up", "right"]}
+    assert reader.score_two(twice, asked) == {"digits": 0, "directions": 1, "both": 0}
+
+
+@pytest.mark.parametrize(
+    "steps, way",
+    [
+        ([(0, -1), (0, -2), (0, -3), (0, -4), (0, 9)], "left"),  # not what comes later
+        ([(0, 2), (0, 4), (0, 2), (0, 0)], "right"),  # turns back early
+        ([(-1, 0.4), (-2, 0.8), (-3, 1.2), (-4, 1.6)], "up"),
+        ([(2, 0)], "down"),
+        ([(0.2, 0.3)] * 8, "still"),
+        ([], "still"),
+    ],
+)
+def test_heading(steps, way):
+    assert reader.heading(np.array([(0, 0), *steps], float) + 7) == way
+
+
+def test_sharpness_falls_under_blur_and_not_under_noise():
+    clips = world(0.0).clips(np.arange(20), (9, 32, 32))[0]
+    kernel = torch.ones(1, 1, 3, 3) / 9
+    frames = [torch.from_numpy(clip).float().transpose(0, 1) for clip in clips]  # [T, 1, H, W]
+    blurred = [torch.conv2d(x, kernel, padding=1).byte().transpose(0, 1).numpy() for x in frames]
+    noise = np.random.default_rng(0)
+    noisy = [(c + noise.normal(0, 10, c.shape)).clip(0, 255).astype(np.uint8) for c in clips]
+    sharp = reader.sharpness(clips)
+    assert reader.sharpness(blurred) < 0.8 * sharp
+    assert 0.95 * sharp < reader.sharpness(noisy) < 1.15 * sharp  # nor does it pass for detail
+
+
+def test_prompts_are_balanced_and_in_every_size():
+    clips, facts = evaluate.real_clips(CONFIG, 120, 30, seed=1)
+    sizes = [clip.shape[1:] for clip in clips]
+    assert set(sizes) == {(17, 32, 32), (17, 24, 40), (17, 48, 32), (9, 32, 32), (5, 32, 32)}
+    ones = [f["digits"][0] for f in facts if len(f["digits"]) == 1]
+    kinds = [(d["digit"], d["direction"]) for d in ones]
+    assert len(ones) == 120 and len(facts) == 150
+    assert {kinds.count(kind) for kind in kinds} == {3} and len(set(kinds)) == 40
+
+
+def test_figures_tell_a_perfect_model_from_a_deaf_one(network, monkeypatch, tmp_path):
+    """Two stand-ins for a model: one renders its prompts, with digits that no prompt was made of;
+    the other renders anything."""
+    worlds = world(0.0, held_out=False), world(1.0, held_out=False)
+    stock = {}  # a clip's world and number, by its caption
+    for many, one in zip((1_000, 20_000), worlds, strict=True):
+        facts = one.all_facts(np.arange(many), np.tile((17, 32, 32), (many, 1)))
+        stock |= {data.short_caption(fact): (one, i) for i, fact in enumerate(facts)}
+
+    def perfect(run, prompts, size, seeds, steps):
+        assert steps == 7 and len(set(seeds)) == len(prompts)
+        return [one.clips([i], size)[0][0] for one, i in map(stock.get, prompts)]
+
+    def deaf(run, prompts, size, seeds, steps):
+        return worlds[" and " in prompts[0]].clips(seeds, size)[0]
+
+    monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
+    run = SimpleNamespace(vae=VAE(VAEConfig(width=8)).eval(), world=asdict(CONFIG))
+    sheet = tmp_path / "sheet.png"
+    monkeypatch.setattr(evaluate.sample, "generate", perfect)
+    good = evaluate.measure_prompts(run, 40, 20, steps=7, sheet=sheet)
+    assert sheet.exists() and len(good["sizes"]) == 5
+    for name in ("real", "generated"):
+        assert good[name]["digit"] >= 0.9 and good[name]["direction"] == 1
+        assert good[name]["both"] >= 0.75
+    assert good["VAE"]["digit"] < 0.5  # not trained
+    assert good["VAE"]["compression"] > 10
+    monkeypatch.setattr(evaluate.sample, "generate", deaf)
+    bad = evaluate.measure_prompts(run, 40, 20, steps=7)["generated"]
+    assert bad["digit"] < 0.3 and bad["direction"] < 0.6 and bad["both"] < 0.2
+    assert "generated" in evaluate.table(good)
+
+
+def test_flops_are_those_that_are_counted():
+    dit = DiT(DiTConfig(width=64, depth=2, heads=2))
+    packed = evaluate.mixed_batch(VAE(VAEConfig(width=8)), dit.config)["packed"]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        level = torch.full(packed.frame_clip.shape, 0.5)
+        dit(packed.tokens, level, packed).square().mean().backward()
+    real = sum(end - start for _, start, _, end in packed.where)
+    assert real == pytest.approx(packed.fill * packed.text.numel())
+    assert evaluate.step_flops(dit, packed) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "ROWS", 2)
+    evaluate.bench(argparse.Namespace(repeats=1))
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("packed:   2 rows of 256", "padded", "encode", "decode"))
+
+
+@pytest.mark.parametrize(
+    "words", [["prompts", "--run", "no/where"], ["prompts", "--ones", "0"], ["dance"], []]
+)
+def test_a_mistake_is_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("evaluate.py: ") and not said.out
+
+
+# ================================================== prompting: prompting.py, sample.py and clips.py
+
+QUICK = sample.Settings(steps=2)
+PROMPT = ["a 7 moving left"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run with random weights, as train.py would save it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run")
+    vae = VAE(VAEConfig(channels=3, width=16, encoder_depth=1, decoder_depth=1))
+    words = Tokenizer.from_captions(["a 7 moving left", "a 3 moving up"], 300)
+    dit = DiT(DiTConfig(4 * (2 * 3 + 4), 4 * 3, words.size, width=32, depth=2, heads=2))
+    for parameter in dit.parameters():  # its own start says nothing at all
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    world = asdict(data.WorldConfig())
+    facts = {
+        "world": world,
+        "config": {"patch": 2, "prediction": "x", "shift": 3.0},
+        "step": 1,
+        "optimizers": [],
+    }
+    for name, model, more in (("vae", vae, {}), ("dit", dit, {"words": words.words})):
+        state = {
+            "weights": model.state_dict(),
+            "ema": model.state_dict(),
+            "model": asdict(model.config),
+        }
+        torch.save(state | facts | more, path / f"{name}.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> sample.Run:
+    return sample.load_run(folder, "cpu")
+
+
+def clip_of(T: int, H: int = 16, W: int = 24, seed: int = 0, C: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (C, T, H, W), np.uint8)
+
+
+def command(folder: Path, line: str) -> tuple[int, str, str]:
+    """A command line, in this process: exit status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = sample.command(["--run", str(folder), "--steps", "2", *shlex.split(line)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------------------- given frames, exactly
+
+
+@pytest.mark.parametrize("L", range(1, 11))
+def test_given_frames_are_bit_equal(run, L):
+    a, b = clip_of(L), clip_of(max(1, 11 - L), seed=1)
+    new = (1, 3, 4, 7, 8, 9, 10, 13, 18, 23)[L - 1]
+    longer = sample.extend(run, PROMPT, [a], new, [0], how=QUICK)[0]
+    assert longer.shape[1] == L + new and np.array_equal(longer[:, :L], a)
+    earlier = sample.extend(run, PROMPT, [a], new, [0], backward=True, how=QUICK)[0]
+    assert earlier.shape[1] == L + new and np.array_equal(earlier[:, new:], a)
+    ring = sample.loop(run, PROMPT, [a], new, [0], how=QUICK)[0]
+    assert ring.shape[1] == L + new and np.array_equal(ring[:, :L], a)
+    both = sample.connect(run, PROMPT, [a], [b], new, [0], ["a 3 moving up"], how=QUICK)[0]
+    assert both.shape[1] == L + new + b.shape[1]
+    assert np.array_equal(both[:, :L], a) and np.array_equal(both[:, L + new :], b)
+    moving = sample.animate(run, PROMPT, [a[:, :1]], 1 + new, [0], how=QUICK)[0]
+    assert moving.shape[1] == 1 + new and np.array_equal(moving[:, :1], a[:, :1])
+
+
+def test_whole_latents_are_held_in_the_sampler(run):
+    """Not only pasted: what is given whole is the same latent after sampling."""
+    clip, known = clip_of(17)[None], np.arange(17) < 6
+    x = torch.randn(1, 3, 5, 4, 6)
+    x, given, level, held = prompting.show_given(run, clip, known, x)
+    assert held.tolist() == [True, True, False, False, False]  # the third is given in part
+    assert given[0, 3:, :, 0, 0].T.tolist() == [[1] * 4, [1] * 4, [1, 0, 0, 0], [0] * 4, [0] * 4]
+    out = prompting.denoise_window(run, PROMPT, x, level, held, QUICK, prompting.seeded([0]), given)
+    assert torch.equal(out[:, :, :2], x[:, :, :2]) and not torch.equal(out[:, :, 2:], x[:, :, 2:])
+
+
+def test_what_is_to_be_made_is_not_in_what_is_shown(run):
+    clip, other, known = clip_of(17)[None], clip_of(17, seed=5)[None], np.arange(17) >= 11
+    other[:, :, known] = clip[:, :, known]
+    x = torch.zeros(1, 3, 5, 4, 6)
+    assert torch.equal(
+        prompting.show_given(run, clip, known, x)[1], prompting.show_given(run, other, known, x)[1]
+    )
+
+
+def test_extend_uses_what_is_given(run):
+    a = clip_of(5)
+    b = a.copy()
+    b[:, 4] = 255 - b[:, 4]
+    one, two = (sample.extend(run, PROMPT, [x], 4, [0], how=QUICK)[0][:, 5:] for x in (a, b))
+    assert not np.array_equal(one, two)
+
+
+# ------------------------------------------------------------------------------------------ editing
+
+
+def test_strength(run):
+    for T in (1, 6, 17, 30):
+        clip = clip_of(T)
+        assert np.array_equal(sample.edit(run, PROMPT, [clip], 0.0, [3], how=QUICK)[0], clip)
+    clip, other = clip_of(17), clip_of(17, seed=1)
+    full = [sample.edit(run, PROMPT, [x], 1.0, [3], how=QUICK)[0] for x in (clip, other)]
+    assert np.array_equal(*full)
+    assert np.array_equal(full[0], sample.generate(run, PROMPT, (17, 16, 24), [3], steps=2)[0])
+    half = [sample.edit(run, PROMPT, [x], 0.5, [3], how=QUICK)[0] for x in (clip, other)]
+    assert half[0].shape == clip.shape and not np.array_equal(*half)
+
+
+def test_connect_changes_the_caption_along_the_way(run):
+    a, b = clip_of(5), clip_of(4, seed=1)
+    first, both, last = (
+        sample.connect(run, [p], [a], [b], 8, [0], [q], how=QUICK)[0][:, 5:13].astype(int)
+        for p, q in (
+            ("a 7 moving left",) * 2,
+            ("a 7 moving left", "a 3 moving up"),
+            ("a 3 moving up",) * 2,
+        )
+    )
+    assert np.abs(both - first)[:, :2].mean() < np.abs(both - last)[:, :2].mean()
+    assert np.abs(both - last)[:, -2:].mean() < np.abs(both - first)[:, -2:].mean()
+
+
+# ------------------------------------------------------------------------------------- size, length
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 16, 40), (18, 24, 16), (41, 16, 16), (3, 96, 64)])
+def test_any_size(run, size):
+    clip = sample.generate(run, PROMPT, size, [0], steps=2)[0]
+    assert clip.shape == (1, *size)
+
+
+def test_impossible_sizes_say_what_would_do(run):
+    with pytest.raises(ValueError, match="multiples of 8, such as 32 x 48"):
+        sample.generate(run, PROMPT, (1, 33, 50), [0])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_streamed_is_unstreamed(run, eta):
+    how = sample.Settings(2, 2.0, eta)
+    chunks = list(sample.stream(run, PROMPT, (62, 16, 24), [4], how))
+    streamed = np.concatenate(chunks, axis=2)
+    assert len(chunks) > 3 and streamed.shape == (1, 1, 62, 16, 24)
+    grid = prompting.latent_grid(run, 62, 16, 24)
+    latent = torch.cat(list(prompting.roll(run, PROMPT, grid, prompting.seeded([4]), how)), dim=2)
+    whole = sample.to_uint8(run.vae.decode(latent))[:, :, :62]
+    assert np.abs(streamed.astype(int) - whole).max() <= 1 and (streamed != whole).mean() < 1e-3
+    again = np.concatenate(list(sample.stream(run, PROMPT, (62, 16, 24), [4], how)), axis=2)
+    assert np.array_equal(streamed, again)
+
+
+def test_short_stream_is_generate(run):
+    (stream,) = sample.stream(run, PROMPT, (17, 16, 24), [4], QUICK)
+    assert np.array_equal(stream[0], sample.generate(run, PROMPT, (17, 16, 24), [4], steps=2)[0])
+
+
+def test_noisy_context(run):
+    latent, eps = torch.randn(2, 3, 5, 4, 6), torch.randn(2, 3, 5, 4, 6)
+    clean = prompting.noisy_context(latent, 2, 0.0, eps, 4)
+    assert torch.equal(clean[:, :3, :2], latent[:, :, :2]) and (clean[:, :, 2:] == 0).all()
+    assert (clean[:, 3:, :2] == 1).all() and clean.shape == (2, 7, 5, 4, 6)
+    noisy = prompting.noisy_context(latent, 2, torch.full((2, 1, 1, 1, 1), 1.0), eps, 4)
+    assert torch.allclose(noisy[:, :3, :2], eps[:, :, :2])
+
+
+def test_positions_of_a_window_start_at_one():
+    packed = [patches.pack([torch.zeros(3, 2, 2, 2)], [[1, 2]], 2, 4, starts=[s]) for s in (0, 1)]
+    assert packed[1].position[0, :, 0].tolist() == [-2, -1, 1, 2]
+    assert torch.equal(packed[0].frame_id, packed[1].frame_id)
+
+
+def test_levels_beyond_the_trained_size():
+    level, held = torch.tensor([0.0, 1.0, 0.6]), torch.tensor([True, False, False])
+    plain, larger = (
+        prompting.level_table(10, level, held, ratio).flatten(1) for ratio in (1.0, 4.0)
+    )
+    for table in (plain, larger):
+        assert table[0].tolist() == level.tolist() and (table[-1] == 0).all()
+        assert (table[1:] <= table[:-1]).all()
+    assert (larger[1:-1, 1:] > plain[1:-1, 1:]).all()
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", clips.SUFFIXES)
+@pytest.mark.parametrize("C", [1, 3])
+def test_what_was_written_comes_back(tmp_path, suffix, C):
+    smooth = np.linspace(0, 255, 8 * 9 * 10).reshape(1, 9, 8, 10).round().astype(np.uint8)
+    clip = np.repeat(smooth, C, axis=0)
+    clip[:, 3:6] = clip[:, 3:4]  # still frames are frames
+    clip = clip[:, :1] if suffix == ".png" else clip
+    clips.write_clip(tmp_path / f"clip{suffix}", clip)
+    back, _ = clips.read_clip(tmp_path / f"clip{suffix}", C, 2)
+    assert back.shape == clip.shape and os.listdir(tmp_path) == [f"clip{suffix}"]
+    error = np.abs(back.astype(int) - clip)
+    assert error.max() == 0 if suffix not in (".mp4", ".webm") else error.mean() < 4
+
+
+def test_fitting(tmp_path):
+    picture = np.arange(13 * 21, dtype=np.uint8).reshape(1, 1, 13, 21)
+    clips.write_clip(tmp_path / "a.png", picture)
+    crop, done = clips.read_clip(tmp_path / "a.png", 1, 8)
+    assert np.array_equal(crop[0, 0], picture[0, 0, 2:10, 2:18]) and "cropped to 8 x 16" in done
+    pad, done = clips.read_clip(tmp_path / "a.png", 1, 8, mode="pad")
+    assert np.array_equal(pad[0, 0, 1:14, 1:22], picture[0, 0]) and "padded to 16 x 24" in done
+    for mode in ("crop", "pad"):
+        big, done = clips.read_clip(tmp_path / "a.png", 3, 8, (32, 32), mode)
+        assert big.shape == (3, 1, 32, 32) and "resized" in done
+    Image.fromarray(np.full((8, 8, 4), (255, 0, 0, 0), np.uint8)).save(tmp_path / "b.png")
+    clear, _ = clips.read_clip(tmp_path / "b.png", 1, 8)
+    assert (clear == 0).all()  # transparent
+    Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / "c.png")
+    assert (clips.read_clip(tmp_path / "c.png", 1, 8)[0] == 255).all()  # 16 bits
+    Image.fromarray(np.full((8, 8, 3), (250, 10, 10), np.uint8)).save(tmp_path / "d.png")
+    assert "made gray" in clips.read_clip(tmp_path / "d.png", 1, 8)[1]
+
+
+def test_examples_in_the_help_work(folder, tmp_path, monkeypatch):
+    """Word for word, one after the other. The minute is shown to be one, and made shorter."""
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        x.strip() for x in sample.__doc__.splitlines() if x.strip().startswith("python sample.py")
+    ]
+    assert len(lines) >= 9
+    for line in lines:
+        line = line.removeprefix("python sample.py ").replace("--seconds 60", "--seconds 5")
+        status, out, err = command(folder, line)
+        assert status == 0, (line, err)
+        assert "wrote" in out
+    assert clips.read_clip("minute.mp4", 1, 8)[0].shape == (1, 50, 32, 32)
+    seven = clips.read_clip("seven.gif", 1, 8)[0]
+    assert seven.shape == (1, 17, 32, 48)
+    longer = clips.read_clip("longer.gif", 1, 8)[0]
+    assert longer.shape[1] == 50 and np.array_equal(longer[:, :17], seven)
+    assert np.array_equal(clips.read_clip("earlier.gif", 1, 8)[0][:, -17:], seven)
+    assert np.array_equal(clips.read_clip("loop.webp", 1, 8)[0][:, :17], seven)
+    image = clips.read_clip("eight.png", 1, 8)[0]
+    assert np.array_equal(clips.read_clip("falling.gif", 1, 8)[0][:, :1], image)
+    assert Image.open("both_0.gif").size[0] == 4 * 32
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    good = clip_of(9, 32, 32)
+    for name in ("good.gif", "good.mp4", "good.webm", "good.webp"):
+        clips.write_clip(name, good)
+    for name in ("good.gif", "good.mp4", "good.webm", "good.webp"):
+        data = Path(name).read_bytes()
+        Path("cut" + name[4:]).write_bytes(data[: len(data) // 2])
+    Path("empty.gif").touch()
+    Path("text.gif").write_text("hello\n" * 99)
+    Path("text.mp4").write_text("hello\n" * 99)
+    Path("text.npy").write_text("hello\n" * 99)
+    Path("folder.gif").mkdir()
+    Image.new("L", (1, 1)).save("dot.png")
+    Image.new("1", (10_000, 10_000)).save("huge.png")
+    np.save("float.npy", np.zeros((3, 32, 32, 1)))
+    np.save("pickle.npy", np.array([{"a": 1}]), allow_pickle=True)
+    header = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 8, 8, 1)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    Path("liar.npy").write_bytes(header.getvalue())
+    return tmp_path
+
+
+FILES = "missing.gif empty.gif text.gif text.mp4 text.npy folder.gif dot.png huge.png float.npy"
+FILES += " pickle.npy liar.npy cut.gif cut.mp4 cut.webp"
+
+
+def test_bad_files(folder, bad):
+    before = sorted(os.listdir(bad))
+    for task in ("--image", "--extend", "--loop", "--edit", "--connect good.gif"):
+        for name in FILES.split():
+            if task == "--image" and name.startswith("cut"):
+                continue  # the first frame may be there
+            status, out, err = command(folder, f'--prompt "" {task} {name} --out out.gif')
+            assert (status, err.count("\n")) == (2, 1), (task, name, status, out, err)
+            assert name in err, err
+    assert sorted(os.listdir(bad)) == before
+
+
+@pytest.mark.parametrize("line", [
+    "--image good.gif --loop good.gif", "--backward", "--strength 0.5", "--then x",
+    "--frames 0", "--frames 3 --seconds 1", "--seconds nan", "--seconds -1",
+    "--edit good.gif --frames 9", "--edit good.gif --strength 1.5",
+    "--edit good.gif --strength nan", "--connect good.gif", "--height 33",
+    "--image good.gif --height 32", "--image good.gif --height 33 --width 32", "--guidance nan",
+    "--seed -1", "--out x.jpg", "--out x", "--height 100000 --width 100000", "--steps 0",
+    "--fps 0", "--count 0", "--what", "--frames 999999999 --out x.gif", "--out good.gif/x.gif",
+    "--run nowhere",
+])  # fmt: skip
+def test_wrong_flags(folder, bad, line):
+    before = sorted(os.listdir(bad))
+    status, _, err = command(folder, f'--prompt "a 7" {line}')
+    assert (status, err.count("\n")) == (2, 1), err
+    assert sorted(os.listdir(bad)) == before
+
+
+def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
+    """Ended by SIGTERM, and by SIGKILL, which nothing can answer."""
+    line = f'sample.py --run {folder} --steps 2 --prompt "" --frames 5000 --out {tmp_path}/'
+    jobs = {}
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        words = shlex.split(f"{line}{kind.name}.mp4")
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}
+        jobs[kind] = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=HERE,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=one,
+        )
+    for kind, job in jobs.items():
+        path, end = tmp_path / f"{kind.name}.mp4", time.time() + 60
+        while time.time() < end and not (path.exists() and path.stat().st_size > 50_000):
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.1)
+        job.send_signal(kind)
+        _, err = job.communicate(timeout=30)
+        if kind == signal.SIGTERM:
+            assert job.returncode == 130 and b"Traceback" not in err and b"interrupted" in err
+        assert clips.read_clip(path, 1, 8)[0].shape[1] > 20

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -107,7 +108,9 @@ class Block(nn.Module):
         """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> the same, and the next past."""
         h = F.gelu(self.space(rms_norm(x) * self.norm))  # [B, D, t, h, w]
         if past is None:
-            past = h[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame was the first frame
+            past = h[:, :, :1].expand(
+                -1, -1, 2, -1, -1
+            )  # before the first frame was the first frame
         h = torch.cat([past, h], dim=2)  # [B, D, 2 + t, h, w]
         return x + self.out(F.gelu(self.time(h))), h[:, :, -2:]
 
@@ -154,7 +157,9 @@ class VAE(nn.Module):
         """The latent grid (t, h, w) of a video's size. ValueError says what sizes would do."""
         ft, fs = self.config.time_factor, self.config.space_factor
         if (T - 1) % ft or T < 1:
-            raise ValueError(f"{T} frames: the VAE takes 1 + {ft} k frames (1, {1 + ft}, {1 + 2 * ft}, ...)")
+            raise ValueError(
+                f"{T} frames: the VAE takes 1 + {ft} k frames (1, {1 + ft}, {1 + 2 * ft}, ...)"
+            )
         if H % fs or W % fs or min(H, W) < fs:
             raise ValueError(f"{H} x {W} pixels: the VAE takes multiples of {fs} pixels")
         return 1 + (T - 1) // ft, H // fs, W // fs
@@ -228,3 +233,65 @@ class VAE(nn.Module):
         mu = torch.cat(mu, dim=1).double()
         self.mean.copy_(mu.mean(1).view(-1, 1, 1, 1))
         self.std.copy_(mu.std(1).clamp(min=1e-6).view(-1, 1, 1, 1))
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def bouncing_squares(B: int, T: int, size: int) -> Tensor:
+    """Bright squares of 7 x 7 that bounce on a black canvas: [B, 1, T, size, size] in [-1, 1]."""
+    room = size - 7
+    start, velocity = torch.randint(room, (B, 2, 1)), torch.randint(-2, 3, (B, 2, 1))
+    straight = (start + velocity * torch.arange(T)) % (2 * room)
+    corner = torch.minimum(straight, 2 * room - straight)[..., None]  # [B, 2, T, 1]
+    inside = (torch.arange(size) >= corner) & (torch.arange(size) < corner + 7)  # [B, 2, T, size]
+    video = inside[:, 0, :, :, None] & inside[:, 1, :, None, :]  # [B, T, size, size]
+    return 2.0 * video[:, None] - 1
+
+
+def main():
+    torch.manual_seed(0)
+    vae, steps = VAE(VAEConfig(channels=8, width=32, encoder_depth=1, decoder_depth=2)), 300
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=8e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for step in range(1, steps + 1):
+        video = bouncing_squares(8, 9, 24)  # [B, C, T, H, W]
+        loss, logs = vae.loss(video, torch.randn(8, vae.config.channels, *vae.grid(9, 24, 24)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in (1, 10, 50, 100, 200, 300):
+            print(f"step {step:3d}  loss {loss.item():.3f}  PSNR {logs['psnr']:4.1f} dB")
+    vae.measure_statistics(bouncing_squares(8, 9, 24) for _ in range(4))
+    with torch.no_grad():
+        video = bouncing_squares(3, 17, 24)  # longer than what it was trained on
+        latent = vae.encode(video)
+        decoded = vae.decode(latent)
+        parts = torch.cat(list(vae.encode_stream(video.split([1, 4, 12], dim=2))), dim=2)
+        image = vae.encode(video[:, :, :1])
+    print(
+        f"video {list(video.shape)} -> latent {list(latent.shape)} -> video {list(decoded.shape)}"
+    )
+    print(f"{video.numel() / latent.numel():.1f} times fewer numbers")
+    print(f"streamed in 3 chunks: differs by {(parts - latent).abs().max():.0e} at most")
+    apart = (image - latent[:, :, :1]).abs().max()
+    print(f"an image, {list(image.shape)}: {apart:.0e} from the video's first latent frame")
+
+    rows = []  # of each video: itself, decoded, and a channel of its latents, drawn under its frames
+    for k in range(3):
+        blocks = (latent[k, :1] / 4).repeat_interleave(4, 1)[:, 3:]  # [1, T, h, w]
+        blocks = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [1, T, H, W]
+        rows += [F.pad(x[0], (1, 1, 1, 1)) for x in (video[k], decoded[k], blocks)]  # [T, H, W]
+    sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # 9 rows of T frames
+    sheet = (
+        ((sheet.clamp(-1, 1) + 1) * 127.5).byte().repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
+    Image.fromarray(sheet.numpy()).save("vae_demo.png")
+    print(
+        "wrote vae_demo.png: three videos, each as it is, decoded, and one channel of its latents"
+    )
+
+
+if __name__ == "__main__":
+    main()
