@@ -105,7 +105,7 @@ class Settings:
     """How to sample."""
 
     steps: int = 30
-    guidance: float = 2.0  # 1: none
+    guidance: float = 6.0  # 1: none
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
 
 
@@ -243,7 +243,7 @@ def denoise_window(
 
     nothing = packed_denoiser(run, [[NOTHING]] * len(x), grid, given, start)
     denoise = diffusion.guided(denoise, nothing, how.guidance)
-    levels = level_table(how.steps, level, held, token_ratio(run, grid))
+    levels = level_table(how.steps, level, held, token_ratio(run, grid) * run.config["shift"])
     return diffusion.sample(denoise, x, levels, how.eta, run.config["prediction"], generators)
 
 

@@ -63,8 +63,8 @@ class Config:
     durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.3  # share of the clips
-    images: float = 0.4  # share of the clips that are single frames
+    two_digits: float = 0.4  # share of the clips
+    images: float = 0.3  # share of the clips that are single frames
     # the VAE (vae.py)
     channels: int = 3
     time_factor: int = 4
@@ -78,17 +78,20 @@ class Config:
     vae_lr: float = 6e-3
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
-    width: int = 192
+    width: int = 128
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 1500
+    steps: int = 2000
     rows: int = 8  # of a batch, on each process
     tokens: int = 256  # in a row
-    lr: float = 3e-3
-    image_phase: float = 0.4  # share of the steps, at the start, that see images only
+    lr: float = 1e-2
+    image_phase: float = 0.3  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
     given: float = 0.2  # share of the clips in which some frames are given
+    later: float = 0.1  # share of the clips that are windows from later on, their past given
+    shift: float = 3.0  # above 1: more training, and more sampling steps, at high noise levels
+    rope_base: float = 10.0  # larger for larger grids (dit.py)
     # either training
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     ema: float = 0.99
@@ -186,47 +189,82 @@ def draw_clips(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, ste
 
 
 @torch.no_grad()
+def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) -> list[tuple]:
+    """Clips of one size (T, H, W), ready to pack. Of each: the clean latent and what the network is
+    shown of given frames [Z + Z + ft, t, h, w]; the level of each frame that is given, NaN where it
+    is to be learned [t]; and the time of its first frame.
+
+    The first of the group are windows from later on in longer clips, and see their own past, a little
+    noisy (see `prompting.roll`); of the next some frames are given; and the rest is just clips.
+    """
+    T, H, W = size
+    ft, cuts = c.time_factor, [0, 0]
+    if T > 1:  # all of an image would be given
+        cuts = np.floor(len(index) * np.cumsum([c.later, c.given]) + random.random()).astype(int)
+    later, cut = min(cuts[0], len(index)), min(cuts[1], len(index))
+    parts, starts = [], [1] * later + [0] * (len(index) - later)
+    if later:
+        ahead = int(random.integers(1, 7))  # latent frames
+        clips = world.clips(index[:later], (T + ft * ahead, H, W))[0]
+        latent = vae.encode(to_float(clips).to(vae.mean.device))[:, :, ahead:]  # [b, Z, t, h, w]
+        for one in latent.split(1):
+            past, level = int(random.integers(1, one.shape[2])), 0.2 * random.random()
+            eps = torch.randn(one.shape, generator=seeded(*random.integers(2**31, size=4).tolist()))
+            given = sample.noisy_context(one, past, level, eps.to(one), ft)
+            held = torch.full((one.shape[2],), torch.nan)
+            held[:past] = level
+            parts.append((torch.cat([one, given], dim=1)[0], held))
+    if later < len(index):
+        video = to_float(world.clips(index[later:], size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
+        latent = vae.encode(video)  # [b, Z, t, h, w]
+        given = latent.new_zeros(len(video), c.channels + ft, *latent.shape[2:])
+        whole = torch.zeros(len(video), latent.shape[2], dtype=torch.bool, device=video.device)
+        some = cut - later
+        if some:
+            known = np.stack([draw_known(T, random.random(3 + T)) for _ in range(some)])
+            known = torch.from_numpy(known).to(video.device)
+            given[:some], whole[:some] = sample.encode_given(vae, video[:some], known)
+        latent = torch.where(whole[:, None, :, None, None], given[:, : c.channels], latent)
+        held = torch.where(whole, 0.0, torch.nan).cpu()
+        parts += zip(torch.cat([latent, given], dim=1), held, strict=True)
+    return [(*part, start) for part, start in zip(parts, starts, strict=True)]
+
+
 def dit_batches(
     vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, first: int, count: int
-) -> list[tuple[patches.Packed, Tensor]]:
-    """The batches of `count` steps from `first` on. A batch is packed clips, its tokens
-    [B, L, p p (Z + Z + ft)] the clean latent and what is given of it; and the levels [F].
+) -> list[tuple[patches.Packed, Tensor, Tensor]]:
+    """The batches of `count` steps from `first` on: packed clips, whose tokens are
+    [B, L, p p (Z + Z + ft)]; the level of each frame [F]; and whether it is to be learned [F].
 
     Many steps at once, since encoding many clips of one size at once is several times faster.
     """
     drawn = [draw_clips(vae, tokenizer, world, c, first + k) for k in range(count)]
     index, size = (np.concatenate(x) for x in list(zip(*drawn, strict=True))[:2])
-    clips, _ = world.clips(index, size)
     random = np.random.default_rng([c.seed, 3, first, rank()])
-    latents, whole = [None] * len(index), [None] * len(index)
-    for T, H, W in np.unique(size, axis=0).tolist():
-        group = np.flatnonzero((size == (T, H, W)).all(1))
-        # Those with given frames first. Images have none: all of an image would be given.
-        cut = int(len(group) * c.given) if T > 1 else 0
-        known = torch.zeros(len(group), T, dtype=torch.bool)
-        for k in range(cut):
-            known[k] = torch.from_numpy(draw_known(T, random.random(3 + T)))
-        video = to_float([clips[g] for g in group]).to(vae.mean.device)  # [b, C, T, H, W]
-        latent = vae.encode(video)  # [b, Z, t, h, w]
-        given = latent.new_zeros(len(group), c.channels + c.time_factor, *latent.shape[2:])
-        full = torch.zeros(len(group), latent.shape[2], dtype=torch.bool)
-        if cut:
-            given[:cut], full[:cut] = sample.encode_given(vae, video[:cut], known[:cut])
-        latent = torch.where(full[:, None, :, None, None], given[:, : c.channels], latent)
-        for g, one, f in zip(group, torch.cat([latent, given], dim=1), full, strict=True):
-            latents[g], whole[g] = one, f
+    encoded = [None] * len(index)
+    for one in np.unique(size, axis=0).tolist():
+        group = random.permutation(np.flatnonzero((size == one).all(1)))
+        for g, clip in zip(
+            group, encode_group(vae, world, c, index[group], one, random), strict=True
+        ):
+            encoded[g] = clip
     batches = []
     for step, (index, _, texts, plan) in enumerate(drawn, first):
         n = len(index)
+        latents, held, starts = zip(*encoded[:n], strict=True)
+        encoded = encoded[n:]
         level = diffusion.training_levels(n, seeded(c.seed, 4, step, rank()))
-        levels = [x * ~f for x, f in zip(level, whole[:n], strict=True)]
-        packed = patches.pack(latents[:n], texts, c.patch, c.tokens, plan)
-        batches.append((packed, patches.frame_levels(packed, levels)))
-        latents, whole = latents[n:], whole[n:]
+        level = diffusion.shift_level(level, c.shift)
+        levels = [torch.where(h.isnan(), x, h) for x, h in zip(level, held, strict=True)]
+        packed = patches.pack(latents, texts, c.patch, c.tokens, plan, starts)
+        free = patches.frame_levels(packed, [h.isnan().float() for h in held]) > 0
+        batches.append((packed, patches.frame_levels(packed, levels), free))
     return batches
 
 
-def dit_loss(model: nn.Module, packed, levels: Tensor, c: Config, step: int) -> tuple[Tensor, dict]:
+def dit_loss(
+    model: nn.Module, packed: patches.Packed, levels: Tensor, free: Tensor, c: Config, step: int
+) -> tuple[Tensor, dict]:
     """The mean error over the patches of all ranks, of frames that are not given."""
     tokens = packed.tokens.unflatten(-1, (c.patch**2, -1))  # [B, L, p p, Z + Z + ft]
     clean, given = tokens[..., : c.channels].flatten(2), tokens[..., c.channels :]
@@ -238,13 +276,13 @@ def dit_loss(model: nn.Module, packed, levels: Tensor, c: Config, step: int) -> 
         return model(shown, levels, packed)
 
     error = diffusion.denoising_error(denoise, clean, eps, level[..., None], c.prediction)
-    learn = packed.is_patch & (level > 0)  # [B, L]
+    learn = packed.is_patch & free[packed.frame_id]  # [B, L]
     error, level = error.mean(-1)[learn], level[learn]  # [patches]
     count = torch.tensor(float(len(error)), device=error.device)
     if dist.is_initialized():  # DDP takes the mean over ranks: this makes it the mean over patches
         dist.all_reduce(count)
     fourth = (4 * level).long().clamp(max=3)
-    bins = [round(error[fourth == k].mean().item(), 4) for k in range(4)]
+    bins = [round(error[fourth == k].mean().nan_to_num().item(), 4) for k in range(4)]
     logs = {"clips": len(packed.grids), "fill": packed.fill, "loss_by_level": bins}
     return error.sum() / count * ranks(), logs
 
@@ -271,9 +309,7 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if name in inside]
     others = [p for name, p in model.named_parameters() if name not in inside]
     return [
-        torch.optim.AdamW(
-            others, lr=min(lr, 3e-3), betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        ),
+        torch.optim.AdamW(others, lr=lr / 3, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
     ]
 
@@ -554,7 +590,8 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
     tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
     inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
     torch.manual_seed(c.seed + 1)  # initial weights
-    dit = DiT(DiTConfig(inputs, outputs, tokenizer.size, c.width, c.depth, c.heads))
+    size = (inputs, outputs, tokenizer.size, c.width, c.depth, c.heads, c.rope_base)
+    dit = DiT(DiTConfig(*size))
 
     ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
 
