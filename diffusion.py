@@ -1,25 +1,27 @@
-"""Diffusion (DDPM): noising, the training loss, and samplers in which every frame has its own noise level.
+"""Diffusion (DDPM): noising, the loss, and samplers in which each frame has its own noise level.
 
 The problem. We can make noise, and we want videos of what a caption says.
 
 The idea (Sohl-Dickstein et al. 2015; Ho et al. 2020, "Denoising diffusion probabilistic models").
-Mix a clean clip with noise, a little or a lot, and train a network to say what the clean clip was. To
-sample, start from pure noise and repeat: ask the network for the clean clip, move a step towards it.
+Mix a clean clip with noise, a little or a lot, and train a network to say what the clean clip was.
+To sample, start from pure noise and repeat: ask the network for the clean clip, move a step towards
+it.
 
     noising       x_level = signal(level) clean + noise(level) eps,    eps ~ N(0, 1)
     training      || denoise(x_level, level) - clean ||^2, weighted
     sampling      level 1 = pure noise  ->  ...  ->  level 0 = clean
 
-*A level for each frame.* `level` is not one number but a tensor that broadcasts against the clip. So
-frames may be at different levels: a frame at level 0 is *given*, and the others are made to fit. A
-sampling run is nothing but a table of levels, a row a step:
+*A level for each frame.* `level` is not one number but a tensor that broadcasts against the clip.
+So frames may be at different levels: a frame at level 0 is *given*, and the others are made to fit.
+A sampling run is nothing but a table of levels, a row a step:
 
     text to video            1 1 1 1 1  ->  .5 .5 .5 .5 .5  ->  0 0 0 0 0
     animate an image         0 1 1 1 1  ->   0 .5 .5 .5 .5  ->  0 0 0 0 0
     extend, connect, loop    0 0 1 1 0  ->   0  0 .5 .5  0  ->  0 0 0 0 0
     edit (SDEdit)           .6 .6 .6 .6 .6  ->  .3 ...      ->  0 0 0 0 0
 
-Nothing here knows a network or a shape: `denoise` is any callable, and all formulas are elementwise.
+Nothing here knows a network or a shape: `denoise` is any callable, and all formulas are
+elementwise.
 
 Run `python diffusion.py` for a demo: diffusion of points in the plane, with a perfect denoiser.
 """
@@ -31,11 +33,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------- the schedule
+# ------------------------------------------------------------------------------------- the schedule
 
 
 def signal_noise(level: Tensor) -> tuple[Tensor, Tensor]:
-    """level in [0, 1] -> (signal, noise), the letters sqrt(alpha_bar) and sqrt(1 - alpha_bar) of DDPM.
+    """level in [0, 1] -> (signal, noise), DDPM's sqrt(alpha_bar) and sqrt(1 - alpha_bar).
 
     The cosine schedule (Nichol and Dhariwal 2021, equation 17, with s = 0) in continuous time:
     signal^2 + noise^2 = 1, all signal at level 0 and none at all at level 1, so that sampling may
@@ -49,8 +51,8 @@ def signal_noise(level: Tensor) -> tuple[Tensor, Tensor]:
 def shift_level(level: Tensor, ratio: float) -> Tensor:
     """The level at which a clip of `ratio` times as many patches is as hidden by its noise.
 
-    More patches, more copies of what a frame shows, so that the same noise hides less: the signal to
-    noise ratio has to fall by the number of copies (Hoogeboom et al. 2023, "Simple diffusion",
+    More patches, more copies of what a frame shows, so that the same noise hides less: the signal
+    to noise ratio has to fall by the number of copies (Hoogeboom et al. 2023, "Simple diffusion",
     section 3.1): noise / signal is multiplied by sqrt(ratio). Levels 0 and 1 stay what they are.
     """
     signal, noise = signal_noise(level)
@@ -63,7 +65,7 @@ def add_noise(clean: Tensor, eps: Tensor, level: Tensor) -> Tensor:
     return signal * clean + noise * eps
 
 
-# --------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------- the training
 
 PREDICTIONS = ("x", "v", "eps")
 
@@ -71,8 +73,8 @@ PREDICTIONS = ("x", "v", "eps")
 def to_clean(output: Tensor, x: Tensor, level: Tensor, prediction: str) -> Tensor:
     """What the network's output says the clean clip is. x is the noisy clip it was shown.
 
-    x: the clean clip itself, as the report says. eps: the noise (DDPM). v = signal eps - noise clean
-    (Salimans and Ho 2022, "Progressive distillation", section 4 and appendix D).
+    x: the clean clip itself, as the report says. eps: the noise (DDPM). v = signal eps - noise
+    clean (Salimans and Ho 2022, "Progressive distillation", section 4 and appendix D).
     """
     if prediction == "x":
         return output
@@ -85,17 +87,17 @@ def to_clean(output: Tensor, x: Tensor, level: Tensor, prediction: str) -> Tenso
 def loss_weight(level: Tensor, most: float = 5.0) -> Tensor:
     """The weight of a squared error of the clean clip.
 
-    An error of v is the error of the clean clip divided by noise(level): the weight is 1 / noise^2 =
-    1 + SNR (Salimans and Ho 2022, section 4), which explodes where there is hardly any noise left.
-    As min-SNR does (Hang et al. 2023), we stop it at `most`.
+    An error of v is the error of the clean clip divided by noise(level): the weight is 1 / noise^2
+    = 1 + SNR (Salimans and Ho 2022, section 4), which explodes where there is hardly any noise
+    left. As min-SNR does (Hang et al. 2023), we stop it at `most`.
     """
     _, noise = signal_noise(level)
     return 1 / noise.square().clamp(min=1 / most)
 
 
 def training_levels(count: int, generator: torch.Generator) -> Tensor:
-    """One level for each of `count` clips [count], spread evenly over [0, 1] so that the loss is less
-    noisy from step to step: each clip draws from a slice of its own, and the slices are shuffled."""
+    """One level for each of `count` clips [count], spread evenly over [0, 1] so that the loss is
+    less noisy from step to step: each clip draws from a slice of its own, in shuffled order."""
     slices = torch.randperm(count, generator=generator)
     return (slices + torch.rand(count, generator=generator)) / count
 
@@ -103,8 +105,8 @@ def training_levels(count: int, generator: torch.Generator) -> Tensor:
 def denoising_error(
     denoise: Callable, clean: Tensor, eps: Tensor, level: Tensor, prediction: str = "x"
 ) -> Tensor:
-    """The weighted squared error of each number, in the shape of `clean`. The caller takes the mean over
-    what counts: given frames and padding don't.
+    """The weighted squared error of each number, in the shape of `clean`. The caller takes the mean
+    over what counts: given frames and padding don't.
 
     denoise(x, level) -> output; level broadcasts against clean.
     """
@@ -113,7 +115,7 @@ def denoising_error(
     return loss_weight(level) * (guess - clean).square()
 
 
-# --------------------------------------------------------------------------------------- the sampling
+# ------------------------------------------------------------------------------------- the sampling
 
 
 def guided(denoise: Callable, denoise_without: Callable, strength: float) -> Callable:
@@ -134,7 +136,7 @@ def step(x: Tensor, clean: Tensor, level: Tensor, to: Tensor, eta: float, fresh:
 
     Song et al. 2021, "Denoising diffusion implicit models", equation 12. eta = 0 is DDIM: the noise
     that x must hold is kept. eta = 1 is DDPM's ancestral step, a draw from the posterior
-    q(x_to | x_level, clean) (Ho et al. 2020, equations 6 and 7): part of it is replaced by `fresh` noise.
+    q(x_to | x_level, clean) (Ho et al. 2020, equations 6 and 7): `fresh` noise replaces part of it.
     """
     (signal, noise), (signal_to, noise_to) = signal_noise(level), signal_noise(to)
     noise = noise.clamp(min=1e-12)  # at level 0 there is nothing to do: see `sample`
@@ -149,7 +151,7 @@ def step(x: Tensor, clean: Tensor, level: Tensor, to: Tensor, eta: float, fresh:
 
 
 def straight_levels(steps: int, start: Tensor) -> Tensor:
-    """A table of levels that fall evenly from `start` to 0 in `steps` steps: [steps + 1, *start.shape]."""
+    """Levels that fall evenly from `start` to 0 in `steps` steps: [steps + 1, *start.shape]."""
     fraction = torch.linspace(1, 0, steps + 1, device=start.device)
     return fraction.view(-1, *[1] * start.ndim) * start
 
@@ -165,10 +167,10 @@ def sample(
 ) -> Tensor:
     """Follow a table of levels from noise to a clean clip.
 
-    x: the clip at levels[0], already noised. levels [steps + 1, ...]: each row broadcasts against x,
-    and never rises. Where the level doesn't fall, x stays bit for bit what it was: given frames.
-    eta: 0 DDIM, 1 DDPM ancestral, whose fresh noise comes from a generator for each clip x[k], so that
-    a clip does not depend on its batch. denoise(x, level) -> the network's output.
+    x: the clip at levels[0], already noised. levels [steps + 1, ...]: each row broadcasts against
+    x, and never rises. Where the level doesn't fall, x stays bit for bit what it was: given frames.
+    eta: 0 DDIM, 1 DDPM ancestral, whose fresh noise comes from a generator for each clip x[k], so
+    that a clip does not depend on its batch. denoise(x, level) -> the network's output.
     """
     if (levels[1:] > levels[:-1]).any():
         raise ValueError("levels must never rise from one step to the next")

@@ -4,14 +4,15 @@ The problem. A second of video is a million numbers, most of them predictable fr
 The diffusion transformer should spend its tokens on what happens, not on pixels.
 
 The idea. An encoder makes a small latent grid of the video, a decoder makes the video from the grid
-(Kingma and Welling 2014, "Auto-encoding variational Bayes"; for video, the report's "video compression
-network"). Here one latent vector of Z numbers stands for a block of ft frames x fs x fs pixels:
+(Kingma and Welling 2014, "Auto-encoding variational Bayes"; for video, the report's "video
+compression network"). Here one latent vector of Z numbers stands for a block of ft frames x fs x fs
+pixels:
 
     video  [B, C, T, H, W]      T = 1 + ft (t - 1),  H = fs h,  W = fs w
     latent [B, Z, t, h, w]      latent 0 is frame 0 alone, latent j is frames ft (j-1) + 1 .. ft j
 
-*Causal*: a latent frame depends on its own pixels and on the past, never on the future. A convolution
-in time pads on the left only, and what it pads with is the first frame again. That buys
+*Causal*: a latent frame depends on its own pixels and on the past, never on the future. A
+convolution in time pads on the left only, and what it pads with is the first frame again. That buys
 
   * images: T = 1 is nothing special, it is a video that has not gone on yet;
   * streaming: a convolution's last two inputs are all that the next chunk needs, so a long video is
@@ -48,14 +49,14 @@ class VAEConfig:
     width: int = 64
     encoder_depth: int = 2
     decoder_depth: int = 3
-    kl: float = 1e-3  # weight of the KL term; small, since the diffusion model only needs roughly unit latents
+    kl: float = 1e-3  # weight of the KL term; small: diffusion only needs roughly unit latents
 
 
 # ------------------------------------------------------------------------------- pixels <-> blocks
 
 
 def to_blocks(video: Tensor, ft: int, fs: int) -> Tensor:
-    """video [B, C, ft t, ft h, fs w] -> [B, C ft fs fs, t, h, w]: each block of pixels in one vector."""
+    """video [B, C, ft t, fs h, fs w] -> [B, C ft fs fs, t, h, w]: a block of pixels a vector."""
     B, C, T, H, W = video.shape
     x = video.reshape(B, C, T // ft, ft, H // fs, fs, W // fs, fs)
     x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # [B, C, ft, fs, fs, t, h, w]
@@ -70,11 +71,11 @@ def from_blocks(blocks: Tensor, ft: int, fs: int) -> Tensor:
     return x.reshape(B, -1, t * ft, h * fs, w * fs)
 
 
-# --------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 class Conv(nn.Module):
-    """A convolution over [B, D, t, h, w] that sees rows and columns around it, and the past in time."""
+    """A convolution over [B, D, t, h, w] that sees rows and columns around it, and the past."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int]):
         super().__init__()
@@ -105,7 +106,7 @@ class Block(nn.Module):
         self.out = Conv(2 * width, width, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> the same, and the next past."""
+        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> both, a chunk later."""
         h = F.gelu(self.space(rms_norm(x) * self.norm))  # [B, D, t, h, w]
         if past is None:
             past = h[:, :, :1].expand(
@@ -121,7 +122,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Half(nn.Module):
-    """Encoder and decoder are the same stack: linear in, causal blocks, linear out, linear path around."""
+    """Encoder or decoder: linear in, causal blocks, linear out, and a linear path around it all."""
 
     def __init__(self, inputs: int, width: int, depth: int, outputs: int):
         super().__init__()
@@ -132,7 +133,7 @@ class Half(nn.Module):
         nn.init.zeros_(self.write.weight)  # training starts from the linear path alone
 
     def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
-        """x [B, inputs, t, h, w] -> [B, outputs, t, h, w], and the cache that the next chunk needs."""
+        """x [B, inputs, t, h, w] -> [B, outputs, t, h, w], and the cache for the next chunk."""
         cache = cache or [None] * len(self.blocks)
         h = self.read(x)
         for i, block in enumerate(self.blocks):
@@ -142,7 +143,7 @@ class Half(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pixels to standardised latents and back. `mean` and `std` belong to the VAE and are saved with it."""
+    """Pixels to standardised latents and back. `mean` and `std` are saved with the VAE."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -167,7 +168,7 @@ class VAE(nn.Module):
     # Encoding: a posterior N(mu, sigma^2) for each latent number.
 
     def posterior(self, video: Tensor, cache: list | None = None) -> tuple[Tensor, Tensor, list]:
-        """video [B, C, T, H, W] in [-1, 1] -> mu and log sigma^2, each [B, Z, t, h, w], and the cache."""
+        """video [B, C, T, H, W] in [-1, 1] -> mu, log sigma^2 [B, Z, t, h, w], and the cache."""
         ft, fs = self.config.time_factor, self.config.space_factor
         if cache is None:  # frame 0 gets a block of its own: itself, ft times
             self.grid(*video.shape[2:])
@@ -177,11 +178,11 @@ class VAE(nn.Module):
         return mu, log_var.clamp(-20, 10), cache
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B, C, T, H, W] in [-1, 1] -> standardised latent [B, Z, t, h, w] (the posterior's mean)."""
+        """video [B, C, T, H, W] in [-1, 1] -> standardised latent [B, Z, t, h, w], the mean."""
         return (self.posterior(video)[0] - self.mean) / self.std
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Encode a video that arrives in chunks: the first of 1 + ft k frames, later ones of ft k."""
+        """Encode a video that comes in chunks: the first of 1 + ft k frames, later ones of ft k."""
         cache = None
         for chunk in chunks:
             mu, _, cache = self.posterior(chunk, cache)
@@ -217,7 +218,7 @@ class VAE(nn.Module):
         """Kingma and Welling 2014, equation 10, with a Gaussian decoder: squared error + KL.
 
         Squared, not absolute: most pixels are black, and the median of every pixel is black.
-        noise: standard normal, [B, Z, t, h, w] (handed in, so that a step is a function of its seed).
+        noise: standard normal, [B, Z, t, h, w] (handed in: a step is a function of its seed).
         """
         mu, log_var, _ = self.posterior(video)
         z = mu + (0.5 * log_var).exp() * noise
@@ -278,7 +279,7 @@ def main():
     apart = (image - latent[:, :, :1]).abs().max()
     print(f"an image, {list(image.shape)}: {apart:.0e} from the video's first latent frame")
 
-    rows = []  # of each video: itself, decoded, and a channel of its latents, drawn under its frames
+    rows = []  # of each video: itself, decoded, and a channel of its latents under its frames
     for k in range(3):
         blocks = (latent[k, :1] / 4).repeat_interleave(4, 1)[:, 3:]  # [1, T, h, w]
         blocks = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [1, T, H, W]
