@@ -2,15 +2,16 @@
 
 The problem. A video model needs clips, and captions that say what happens in them. Real clips come
 in every duration and shape, and nobody has the ground truth of what they show. So we start from a
-world that we write ourselves: digits that move at constant speed and bounce off the walls (Srivastava
-et al. 2015, "Unsupervised learning of video representations using LSTMs", section 4). Everything that
-is true of a clip is known, so everything that a model claims about it can be checked.
+world that we write ourselves: digits that move at constant speed and bounce off the walls
+(Srivastava et al. 2015, "Unsupervised learning of video representations using LSTMs", section 4).
+Everything that is true of a clip is known, so everything that a model claims about it can be
+checked.
 
-The idea. Clip number i of seed s is a *pure function* of (s, i): its random numbers are a hash of the
-two, not the state of a generator. So any worker makes any clip in any order, nothing has to be saved
-to resume, and a whole batch is a few NumPy operations:
+The idea. Clip number i of seed s is a *pure function* of (s, i): its random numbers are a hash of
+the two, not the state of a generator. So any worker makes any clip in any order, nothing has to be
+saved to resume, and a whole batch is a few NumPy operations:
 
-    seed, i  --hash-->  u [n, draws] in [0, 1)  -->  facts (digit, start, direction, speed)  -->  pixels
+    seed, i  --hash-->  u [n, draws] in [0, 1)  -->  facts (digit, direction, ...)  -->  pixels
 
 Native sizes (the report's "variable durations, resolutions, aspect ratios"): each clip draws a
 duration T and a shape H x W from a list; an image is a clip of T = 1. Nothing is cropped or padded.
@@ -47,8 +48,8 @@ def load_digits(path="digits.png"):
 def load_mnist(folder):
     """Read the full MNIST from its IDX files (LeCun et al.), plain or gzipped.
 
-    The format: two zero bytes, a type byte, the number of dimensions, each dimension as a big-endian
-    int32, then the bytes. Returns images [60000, 28, 28] uint8 and labels [60000].
+    The format: two zero bytes, a type byte, the number of dimensions, each dimension as a
+    big-endian int32, then the bytes. Returns images [60000, 28, 28] uint8 and labels [60000].
     """
     import gzip
 
@@ -60,7 +61,9 @@ def load_mnist(folder):
                     raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
                     shape = np.frombuffer(raw, ">i4", raw[3], 4)
                     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-        raise FileNotFoundError(f"no {stem} or {stem}.gz in {folder}: --mnist takes the IDX files of MNIST")
+        raise FileNotFoundError(
+            f"no {stem} or {stem}.gz in {folder}: --mnist takes the IDX files of MNIST"
+        )
 
     images, labels = read("train-images-idx3-ubyte"), read("train-labels-idx1-ubyte")
     return images, labels.astype(np.int64)
@@ -75,7 +78,7 @@ def split(images, labels, held_out):
 
 
 def make_sprites(images, size):
-    """Crop each digit to its ink, centre it in 20 x 20 (which every MNIST digit fits) and scale.
+    """Crop each digit to its ink, centre it in 20 x 20 (which every MNIST digit fits), scale.
 
     images [N, 28, 28] uint8 -> sprites [N, size, size] uint8.
     """
@@ -86,18 +89,21 @@ def make_sprites(images, size):
         top, left = (20 - ink.shape[0]) // 2, (20 - ink.shape[1]) // 2
         box = np.zeros((20, 20), np.uint8)
         box[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-        sprite[:] = box if size == 20 else np.asarray(Image.fromarray(box).resize((size, size), Image.BILINEAR))
+        if size != 20:
+            box = np.asarray(Image.fromarray(box).resize((size, size), Image.BILINEAR))
+        sprite[:] = box
     return sprites
 
 
-# ------------------------------------------------------------------------ randomness without a state
+# ----------------------------------------------------------------------- randomness without a state
 
 
 def hashed_uniform(seed, index, draws):
     """Random numbers that depend on nothing but their own address: u [n, draws] in [0, 1).
 
-    index [n]: clip numbers. The hash is the output function of SplitMix64 (Steele, Lea and Flood 2014,
-    "Fast splittable pseudorandom number generators"), applied twice: to (seed, clip) and then to the draw.
+    index [n]: clip numbers. The hash is the output function of SplitMix64 (Steele, Lea and Flood
+    2014, "Fast splittable pseudorandom number generators"), applied to (seed, clip), then to the
+    draw.
     """
 
     def mix(z):
@@ -107,12 +113,14 @@ def hashed_uniform(seed, index, draws):
 
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
-        clip = mix(mix(np.full(1, seed, np.uint64) * golden) + np.asarray(index, np.uint64) * golden)
+        clip = mix(
+            mix(np.full(1, seed, np.uint64) * golden) + np.asarray(index, np.uint64) * golden
+        )
         bits = mix(clip[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * golden)  # [n, draws]
     return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-# ------------------------------------------------------------------------------------------ the world
+# ---------------------------------------------------------------------------------------- the world
 
 
 @dataclass
@@ -151,15 +159,17 @@ class World:
         return np.column_stack([T, shapes[(u[:, 1] * choice).astype(int)]])
 
     def facts(self, index, size):
-        """What happens in clips `index` [n] of `size` [n, 3]; the arrays are [n, 2], a column a digit:
+        """What happens in clips `index` [n] of `size` [n, 3]; arrays are [n, 2], a column a digit:
 
         sprite; start (row, column) of its box [n, 2, 2]; velocity [n, 2, 2]; present (bool).
         """
         n, digit = len(index), self.config.digit
-        u = hashed_uniform(self.seed, index, 2 + 1 + 2 * 3 + 4 * TRIES)[:, 2:]  # the first two made the size
+        # The first two made the size.
+        u = hashed_uniform(self.seed, index, 2 + 1 + 2 * 3 + 4 * TRIES)[:, 2:]
         room = np.asarray(size)[:, None, 1:] - digit  # [n, 1, 2]: how far a box can travel
         if (room < 0).any():
-            raise ValueError(f"a digit of {digit} pixels does not fit into a canvas of {np.min(size[:, 1:])}")
+            least = np.min(size[:, 1:])
+            raise ValueError(f"a digit of {digit} pixels does not fit into a canvas of {least}")
         second = (u[:, 0] < self.config.two_digits) & (room.max((1, 2)) >= digit)
         present = np.stack([np.ones(n, bool), second], axis=1)
         pick = u[:, 1:7].reshape(n, 2, 3)  # sprite, direction, speed of either digit
@@ -170,7 +180,7 @@ class World:
 
         # Starts. A wall ahead is at least 4 frames away where there is room, or "moving left" could
         # mean a clip that moves right from its second frame on.
-        runway = np.minimum(4 * velocity, room) * (velocity > 0) + np.maximum(4 * velocity, -room) * (velocity < 0)
+        runway = np.clip(4 * velocity, -room, room)
         low, high = np.maximum(0, -runway), room - np.maximum(0, runway)  # [n, 2, 2]
         place = u[:, 7:].reshape(n, TRIES, 2, 2)
         tries = (low[:, None] + place * (high - low + 1)[:, None]).astype(int)  # [n, TRIES, 2, 2]
@@ -193,7 +203,9 @@ class World:
         index [n] clip numbers; size [n, 3] overrides their native sizes.
         """
         index = np.asarray(index)
-        size = self.size(index) if size is None else np.broadcast_to(np.asarray(size), (len(index), 3))
+        size = (
+            self.size(index) if size is None else np.broadcast_to(np.asarray(size), (len(index), 3))
+        )
         clips, known = [None] * len(index), self.facts(index, size)
         for one in np.unique(size, axis=0):  # a group of equal size is rendered at once
             group = np.flatnonzero((size == one).all(1))
@@ -221,11 +233,11 @@ class World:
             columns = path[on, :, k, 1, None, None] + np.arange(d)  # [n, T, 1, d]
             where = (clip[on], frame, rows, columns)
             sprites = self.sprites[facts["sprite"][on, k]][:, None]  # [n, 1, d, d]
-            canvas[where] = np.maximum(canvas[where], sprites)  # where digits cross, the brighter wins
+            canvas[where] = np.maximum(canvas[where], sprites)  # crossing: the brighter wins
         return canvas[:, None]
 
     def describe(self, facts, size):
-        """The facts of one clip, in words that a caption or a measurement can use: a list of digits."""
+        """The facts of one clip, in words that a caption or a measurement can use."""
         names = {v: k for k, v in DIRECTIONS.items()}
         T = int(size[0])
         digits = []
@@ -235,7 +247,9 @@ class World:
             axis = int(np.flatnonzero(velocity)[0])
             ahead = room[axis] - start[axis] if velocity[axis] > 0 else start[axis]
             travelled = abs(int(velocity[axis])) * (T - 1)
-            bounces = 0 if travelled <= ahead or room[axis] == 0 else 1 + (travelled - ahead - 1) // room[axis]
+            bounces = 0
+            if travelled > ahead and room[axis] > 0:
+                bounces = 1 + (travelled - ahead - 1) // room[axis]
             digits.append({
                 "digit": int(self.labels[facts["sprite"][k]]),
                 "direction": names[tuple(int(v) for v in np.sign(velocity))],
@@ -247,7 +261,7 @@ class World:
         return {"frames": T, "height": int(size[1]), "width": int(size[2]), "digits": digits}
 
 
-# ------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 
 def region(start, room):
@@ -263,22 +277,25 @@ def article(digit):
 
 def short_caption(facts):
     """The prompt that people write: "a 3 moving up and an 8 moving right"."""
-    return " and ".join(f"{article(d['digit'])} {d['digit']} moving {d['direction']}" for d in facts["digits"])
+    told = (f"{article(d['digit'])} {d['digit']} moving {d['direction']}" for d in facts["digits"])
+    return " and ".join(told)
 
 
 def descriptive_caption(facts):
-    """All that can be said: digit, start, direction, speed, what happens at the walls, the length."""
+    """All that can be said: digit, start, direction, speed, what it does at the walls, length."""
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     wall = {"left": "left wall", "right": "right wall", "up": "top wall", "down": "bottom wall"}
     still = facts["frames"] == 1
     sentences = []
     for d in facts["digits"]:
         a, way = article(d["digit"]), d["direction"]
-        text = f"{a} {d['digit']} starts at the {d['region']}, moving {way} {('slowly', 'fast')[d['speed'] > 1]}"
+        pace = "fast" if d["speed"] > 1 else "slowly"
+        text = f"{a} {d['digit']} starts at the {d['region']}, moving {way} {pace}"
         if d["bounces"] == 1:
             text += f", bounces off the {wall[way]} and returns {opposite[way]}"
         elif d["bounces"]:
-            text += f", bounces {d['bounces']} times between the {wall[way]} and the {wall[opposite[way]]}"
+            there, back = wall[way], wall[opposite[way]]
+            text += f", bounces {d['bounces']} times between the {there} and the {back}"
         elif not still:
             text += ", touches no wall"
         sentences.append(text + ".")
@@ -286,7 +303,7 @@ def descriptive_caption(facts):
     return " ".join(sentences + [length])
 
 
-# ----------------------------------------------------------------------------------------------- demo
+# --------------------------------------------------------------------------------------------- demo
 
 
 def main():
@@ -297,7 +314,8 @@ def main():
     pen = ImageDraw.Draw(sheet)
     for k, (clip, fact) in enumerate(zip(clips, facts, strict=True)):
         T, H, W = clip.shape[1:]
-        print(f"clip {k:2d}  [C, T, H, W] = {list(clip.shape)!s:17s} {short_caption(fact)}\n         {descriptive_caption(fact)}")
+        print(f"clip {k:2d}  [C, T, H, W] = {list(clip.shape)!s:17s} {short_caption(fact)}")
+        print(f"         {descriptive_caption(fact)}")
         pen.text((6, 66 * k), f"{T} x {H} x {W}: {short_caption(fact)}", fill=255)
         for j, t in enumerate(range(0, T, 1 if T <= 9 else 2)):
             sheet.paste(Image.fromarray(clip[0, t]), (6 + j * (W + 4), 66 * k + 14))
