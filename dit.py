@@ -1,7 +1,7 @@
 """The diffusion transformer: adaLN-Zero blocks over packed spacetime patches.
 
-The problem. A denoiser looks at a noisy clip, is told how noisy it is and what the caption says, and
-says what the clean clip is. It has to do that for clips of every duration and shape.
+The problem. A denoiser looks at a noisy clip, is told how noisy it is and what the caption says,
+and says what the clean clip is. It has to do that for clips of every duration and shape.
 
 The idea (Peebles and Xie 2023, "Scalable diffusion models with transformers"). A plain transformer
 over the clip's patches. It knows three things that a language model doesn't:
@@ -37,7 +37,9 @@ from torch import Tensor, nn
 
 @dataclass
 class DiTConfig:
-    inputs: int = 44  # numbers a patch that go in: the noisy latent, what is given of it, and the mask
+    inputs: int = (
+        44  # numbers a patch that go in: the noisy latent, what is given of it, and the mask
+    )
     outputs: int = 20  # D: numbers a patch that come out: the clean latent
     vocabulary: int = 512  # how many ids a caption token can have
     width: int = 256  # d
@@ -46,7 +48,7 @@ class DiTConfig:
     rope_base: float = 10.0  # the longest wavelength is about 4 times this many patches
 
 
-# ------------------------------------------------------------------------------- how noisy, and what
+# ------------------------------------------------------------------------------ how noisy, and what
 
 
 def fourier_features(level: Tensor, width: int) -> Tensor:
@@ -66,7 +68,7 @@ def caption_mean(words: Tensor, is_text: Tensor, sample_id: Tensor, clips: int) 
     return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------- where
+# -------------------------------------------------------------------------------------------- where
 
 
 def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-# ------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def clips_by_length(sample_id: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -125,13 +127,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, in
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head)) v: [..., n, head]. PyTorch's fused kernel never holds the n x n
-    matrix, which is what long clips need. For short ones on a CPU, holding it is four times faster."""
+    matrix, which is what long clips need. For short ones on a CPU, holding it is faster: forward
+    and backward of a mixed batch took a third to a half of the time."""
     if q.is_cuda or q.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
-# ---------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each between adaLN's scale and shift and adaLN's gate (DiT, figure 3)."""
+    """Attention, then MLP, each between adaLN's scale and shift and its gate (DiT, figure 3)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -148,8 +151,8 @@ class Block(nn.Module):
         self.merge = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-        # Queries and keys have unit length, so their products are small, and attention is blunt: it
-        # cannot pick the one patch that a digit moved from. A learned gain makes it as sharp as it likes.
+        # Queries and keys have unit length, so their products are small, and attention is blunt:
+        # it cannot pick the one patch that a digit moved from. A learned gain makes it sharper.
         self.gain = nn.Parameter(torch.full((2, heads, width // heads), 1.5))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)  # the Zero of adaLN-Zero
@@ -194,7 +197,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
-        """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs] (only patches' places mean anything)."""
+        """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs], of patches only."""
         order, groups = clips_by_length(layout.sample_id)  # [N]: the real tokens, padding left out
         text, sample_id, frame_id, position, tokens = (
             x.flatten(0, 1)[order]
@@ -208,7 +211,9 @@ class DiT(nn.Module):
         c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
         c = F.silu(c)
 
-        turn = rotary_angles(position, self.config.width // self.config.heads, self.config.rope_base)
+        turn = rotary_angles(
+            position, self.config.width // self.config.heads, self.config.rope_base
+        )
         for block in self.blocks:
             x = block(x, c, frame_id, turn, groups)  # [N, d]
 
@@ -267,7 +272,9 @@ def main():
     print(f"clips of equal length, attended together: {clips_by_length(layout.sample_id)[1]}")
     print(f"tokens {list(tokens.shape)}, level {list(level.shape)}", end=" -> ")
     print(f"prediction {list(model(tokens, level, layout).shape)}")
-    print(f"adaLN-Zero: at the start it is {model(tokens, level, layout).abs().max():.0f} everywhere")
+    print(
+        f"adaLN-Zero: at the start it is {model(tokens, level, layout).abs().max():.0f} everywhere"
+    )
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     first = model(tokens, level, layout)

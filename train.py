@@ -3,10 +3,10 @@
     python train.py --preset tiny                          # moving MNIST on a laptop CPU
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
 
-A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8). Progress
-is one integer, the step: data, noise and learning rate are functions of (seed, step, rank). So the
-same command continues a run that was stopped, bit for bit as if it had not been, and there is no
-random state to save.
+A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8).
+Progress is one integer, the step: data, noise and learning rate are functions of (seed, step,
+rank). So the same command continues a run that was stopped, bit for bit as if it had not been, and
+there is no random state to save.
 
 In reading order: the configuration; what one step of each stage learns from, `loss(step)`; the one
 loop that trains either; files; the command line. A run's folder, out/<preset>, then holds
@@ -129,7 +129,7 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-# ------------------------------------------------------------------------------------ stage 1: the VAE
+# --------------------------------------------------------------------------------- stage 1: the VAE
 
 
 def to_float(clips: list[np.ndarray]) -> Tensor:
@@ -151,7 +151,7 @@ def vae_loss(model: nn.Module, world: data.World, c: Config, step: int) -> tuple
     return model(video.to(device), noise.to(device))
 
 
-# ------------------------------------------------------------------------------------ stage 2: the DiT
+# --------------------------------------------------------------------------------- stage 2: the DiT
 
 
 def draw_known(T: int, u: np.ndarray) -> np.ndarray:
@@ -194,8 +194,8 @@ def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) ->
     shown of given frames [Z + Z + ft, t, h, w]; the level of each frame that is given, NaN where it
     is to be learned [t]; and the time of its first frame.
 
-    The first of the group are windows from later on in longer clips, and see their own past, a little
-    noisy (see `prompting.roll`); of the next some frames are given; and the rest is just clips.
+    The first of the group are windows from later on in longer clips, and see their own past, a
+    little noisy (see `prompting.roll`); of the next some frames are given; the rest is just clips.
     """
     T, H, W = size
     ft, cuts = c.time_factor, [0, 0]
@@ -287,7 +287,7 @@ def dit_loss(
     return error.sum() / count * ranks(), logs
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
@@ -407,8 +407,8 @@ def save(path: Path, step: int, model: nn.Module, averaged: nn.Module, optimizer
 
 
 def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> int | None:
-    """The step that out/<name>.pt was saved at, everything loaded; 0 where there is none; None where
-    its training has ended. A checkpoint of another configuration is an error."""
+    """The step that out/<name>.pt was saved at, everything loaded; 0 where there is none; None
+    where its training has ended. A checkpoint of another configuration is an error."""
     path, step = out / f"{stage.name}.pt", 0
     if path.exists():
         state = sample.load_checkpoint(path, device)
@@ -464,7 +464,7 @@ def draw_loss(out: Path, width: int = 900, height: int = 300) -> None:
     picture.save(out / "loss.png")
 
 
-# ------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
 GALLERY = [  # prompts of the last page of training; the sizes take turns
     "a 0 moving left", "a 1 moving right", "a 2 moving up", "a 3 moving down",
@@ -495,15 +495,18 @@ def gallery(run: sample.Run, world: data.WorldConfig, path: Path) -> None:
 # ------------------------------------------------------------------------------------- command line
 
 
+# The columns in which they differ. "small" is for one GPU or a patient CPU; the larger ones are
+# DiT's B, L and XL, for many GPUs.
 COLUMNS = (
-    "width depth heads patch channels space_factor vae_width digit rows tokens steps vae_steps"
+    "width depth heads patch channels space_factor vae_width digit rows tokens lr rope_base "
+    "vae_lr vae_steps steps"
 )
-PRESETS = {
-    "tiny":  (),  # the defaults of Config
-    "small": (384, 12, 6, 1, 8, 8, 96, 28, 16, 1024, 20_000, 5_000),  # 64 x 64
-    "base":  (768, 12, 12, 2, 16, 8, 128, 56, 16, 4096, 200_000, 50_000),  # 128 x 128
-    "large": (1024, 24, 16, 2, 16, 8, 192, 56, 16, 4096, 300_000, 100_000),
-    "xl":    (1152, 28, 16, 2, 16, 8, 256, 56, 16, 8192, 400_000, 100_000),
+PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
+    "tiny":  (),  # the defaults of Config: 1.9 M, 32 x 32
+    "small": (384, 12, 6, 1, 8, 8, 96, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
+    "base":  (768, 12, 12, 2, 16, 8, 128, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
+    "large": (1024, 24, 16, 2, 16, 8, 192, 56, 16, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
+    "xl":    (1152, 28, 16, 2, 16, 8, 256, 56, 16, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
 }  # fmt: skip
 
 
@@ -512,6 +515,10 @@ def parse() -> Config:
 
     def many(kind):
         return lambda text: tuple(kind(part) for part in text.split(","))
+
+    def shape(text: str) -> str:
+        height, width = map(int, text.split("x"))
+        return f"{height}x{width}"
 
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="tiny")
@@ -529,12 +536,14 @@ def parse() -> Config:
     for field in fields(Config):
         flag, value = "--" + field.name.replace("_", "-"), defaults[field.name]
         kind = many(type(value[0])) if isinstance(value, tuple) else type(value)
+        kind = many(shape) if "shapes" in field.name else kind
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         parser.add_argument(flag, type=kind, default=value, help=f"default: {shown}")
     return Config(**vars(parser.parse_args()))
 
 
 def main(c: Config) -> None:
+    check(c)
     if "RANK" in os.environ:  # torchrun started several of us
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     place = int(os.environ.get("LOCAL_RANK", 0))
@@ -558,19 +567,38 @@ def main(c: Config) -> None:
         draw_loss(out)
 
 
+def make_vae(c: Config) -> VAE:
+    kinds = ("channels", "time_factor", "space_factor", "encoder_depth", "decoder_depth", "kl")
+    return VAE(VAEConfig(width=c.vae_width, **{kind: getattr(c, kind) for kind in kinds}))
+
+
+def make_dit(c: Config, vocabulary: int) -> DiT:
+    inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
+    return DiT(DiTConfig(inputs, outputs, vocabulary, c.width, c.depth, c.heads, c.rope_base))
+
+
+def check(c: Config) -> None:
+    """What would fail only later, or not at all, and never with a good sentence."""
+    if c.stage not in ("all", "vae", "dit"):
+        raise ValueError(f"--stage {c.stage}: vae, dit or all")
+    if c.prediction not in diffusion.PREDICTIONS:
+        raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
+    if c.width % (2 * c.heads):
+        raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
+    for name in ("steps", "vae_steps", "rows", "tokens", "save_every", "sample_every", "vae_batch"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
+    vae, world = make_vae(c), c.world()
+    for T in (1, *c.durations):
+        for H, W in (*world.shapes, *world.image_shapes):
+            if min(H, W) < c.digit:
+                raise ValueError(f"a digit of {c.digit} pixels does not fit into {H} x {W}")
+            patches.token_count(vae.grid(T, H, W), c.patch)
+
+
 def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(c.seed)  # initial weights
-    vae = VAE(
-        VAEConfig(
-            channels=c.channels,
-            time_factor=c.time_factor,
-            space_factor=c.space_factor,
-            width=c.vae_width,
-            encoder_depth=c.encoder_depth,
-            decoder_depth=c.decoder_depth,
-            kl=c.kl,
-        )
-    )
+    vae = make_vae(c)
 
     def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
         return vae_loss(model, world, c, step)
@@ -588,11 +616,8 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
     vae = sample.load_vae(out, device)
     known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
     tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
-    inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
     torch.manual_seed(c.seed + 1)  # initial weights
-    size = (inputs, outputs, tokenizer.size, c.width, c.depth, c.heads, c.rope_base)
-    dit = DiT(DiTConfig(*size))
-
+    dit = make_dit(c, tokenizer.size)
     ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
 
     def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
