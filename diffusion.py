@@ -222,20 +222,19 @@ def main():
     for r, (name, (start, level, eta)) in enumerate(runs.items()):
         generators = [torch.Generator().manual_seed(k) for k in range(N)]  # one for each point
         levels = straight_levels(steps, level)  # [steps + 1, 2]
-        seen = [start]  # what the denoiser was shown, and at last the result
+        seen = []  # what the denoiser is shown, step by step
 
         def watched(x: Tensor, level: Tensor, seen: list = seen) -> Tensor:
             seen.append(x)
             return denoise(x, level)
 
         end = sample(watched, start, levels, eta, generators=generators)
-        far = torch.cdist(end, points).min(dim=1)[0]
-        hit = torch.cdist(end, points).argmin(dim=1).unique().numel()
-        print(f"{name}: {list(end.shape)} from noise in {steps} steps, ", end="")
-        print(f"now {far.mean():.3f} from a clean point; {hit} of {len(points)} of them were hit")
+        far, which = torch.cdist(end, points).min(dim=1)
+        print(f"{name}: {list(end.shape)} from noise in {steps} steps, {far.mean():.3f} from a "
+              f"clean point; {len(which.unique())} of {len(points)} were hit")  # fmt: skip
         for c, k in enumerate((0, 8, 16, 24, 32, steps)):
             pen.text((160 * c + 6, 180 * r + 4), f"{name}, level {levels[k, 0]:.1f}")
-            for cloud, colour in ((points, (90, 90, 90)), ((seen + [end])[k + 1], (255, 170, 60))):
+            for cloud, colour in ((points, (90, 90, 90)), ([*seen, end][k], (255, 170, 60))):
                 for a, b in cloud.tolist():
                     at = (160 * c + 80 + 24 * a, 180 * r + 98 + 24 * b)
                     pen.ellipse((at[0] - 1, at[1] - 1, at[0] + 1, at[1] + 1), fill=colour)

@@ -315,13 +315,15 @@ def test_padding_has_no_influence(network_of_three):
     padded = clean.sample_id < 0
     dirty = replace(
         clean,
-        tokens=clean.tokens.masked_fill(padded[..., None], float("nan")),
-        text=clean.text.masked_fill(padded, 11),
+        tokens=clean.tokens.masked_fill(padded[..., None], 1000.0),
         position=clean.position.masked_fill(padded[..., None], -77),
         frame_id=clean.frame_id.masked_fill(padded, 3),
     )
     outs = [network_of_three(x.tokens, level, x) for x in (clean, dirty)]
-    assert padded.sum() == 90 - 44 and torch.equal(outs[0][~padded], outs[1][~padded])
+    assert padded.sum() == 90 - 44 and close(*(out[~padded] for out in outs), 1e-6)
+    parameters = list(network_of_three.parameters())
+    slopes = [torch.autograd.grad(out[~padded].square().sum(), parameters) for out in outs]
+    assert all(map(close, *slopes))
 
 
 def test_caption_order_level_and_position_all_matter(network_of_three):
@@ -338,6 +340,16 @@ def test_caption_order_level_and_position_all_matter(network_of_three):
         assert (out - base).abs().amax((0, 2, 3)).min() > 1e-4  # in every frame
     (out,) = denoise_packed(network_of_three, [latent], [words], [torch.tensor([0.0, 0.5, 0.9])])
     assert (out - base)[:, 1].abs().mean() > 2 * (out - base)[:, 0].abs().mean() > 0
+
+
+def test_the_mean_of_a_caption_is_of_its_own_words():
+    packed = patches.pack(*three_clips(), 2, 24)
+    words = torch.randn(48, 8, generator=random_state(20))  # a vector for each place of the rows
+    flat = packed.text.flatten() >= 0
+    means = dit.caption_mean(words, flat, packed.sample_id.flatten(), 4)
+    places = [range(24 + 15, 24 + 18), range(4), range(24, 27)]  # see the packing of the docstring
+    expected = [words[list(place)].mean(0) for place in places] + [torch.zeros(8)]
+    assert close(means, torch.stack(expected))  # a clip without a caption: zero
 
 
 def test_rotary_scores_know_only_distances():
@@ -368,11 +380,12 @@ def test_attention_inside_clips_is_softmax_under_the_mask():
     order, groups = dit.clips_by_length(packed.sample_id)
     assert groups == [(1, 7), (1, 15), (1, 22)]
     out = dit.packed_attention(*(x.flatten(0, 1)[order] for x in (q, k, v)), groups)
+    real = packed.sample_id.flatten()[order] >= 0
     mask = packed.sample_id[:, None, :, None] == packed.sample_id[:, None, None, :]
     score = torch.einsum("bihd,bjhd->bhij", q, k) / 4
     weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
     whole = torch.einsum("bhij,bjhd->bihd", weight, v)
-    assert close(out, whole.flatten(0, 1)[order])
+    assert real.sum() == 44 and close(out[real], whole.flatten(0, 1)[order][real])
 
 
 def test_both_ways_of_attending_agree():
@@ -1253,6 +1266,7 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
             cwd=HERE,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             env=one,
         )
     for kind, job in jobs.items():

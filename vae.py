@@ -106,12 +106,10 @@ class Block(nn.Module):
         self.out = Conv(2 * width, width, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, D, t, h, w], past [B, D, 2, h, w] or None at the start -> both, a chunk later."""
+        """x [B, D, t, h, w], past [B, D, 2, h, w] (None at the start) -> the same, next past."""
         h = F.gelu(self.space(rms_norm(x) * self.norm))  # [B, D, t, h, w]
         if past is None:
-            past = h[:, :, :1].expand(
-                -1, -1, 2, -1, -1
-            )  # before the first frame was the first frame
+            past = h[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame: itself
         h = torch.cat([past, h], dim=2)  # [B, D, 2 + t, h, w]
         return x + self.out(F.gelu(self.time(h))), h[:, :, -2:]
 
@@ -270,14 +268,12 @@ def main():
         latent = vae.encode(video)
         decoded = vae.decode(latent)
         parts = torch.cat(list(vae.encode_stream(video.split([1, 4, 12], dim=2))), dim=2)
-        image = vae.encode(video[:, :, :1])
-    print(
-        f"video {list(video.shape)} -> latent {list(latent.shape)} -> video {list(decoded.shape)}"
-    )
+        apart = (vae.encode(video[:, :, :1]) - latent[:, :, :1]).abs().max()
+    shapes = [list(x.shape) for x in (video, latent, decoded)]
+    print("video {} -> latent {} -> video {}".format(*shapes))
     print(f"{video.numel() / latent.numel():.1f} times fewer numbers")
     print(f"streamed in 3 chunks: differs by {(parts - latent).abs().max():.0e} at most")
-    apart = (image - latent[:, :, :1]).abs().max()
-    print(f"an image, {list(image.shape)}: {apart:.0e} from the video's first latent frame")
+    print(f"frame 0 alone, an image: differs from the first latent frame by {apart:.0e}")
 
     rows = []  # of each video: itself, decoded, and a channel of its latents under its frames
     for k in range(3):
@@ -285,13 +281,9 @@ def main():
         blocks = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [1, T, H, W]
         rows += [F.pad(x[0], (1, 1, 1, 1)) for x in (video[k], decoded[k], blocks)]  # [T, H, W]
     sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # 9 rows of T frames
-    sheet = (
-        ((sheet.clamp(-1, 1) + 1) * 127.5).byte().repeat_interleave(2, 0).repeat_interleave(2, 1)
-    )
-    Image.fromarray(sheet.numpy()).save("vae_demo.png")
-    print(
-        "wrote vae_demo.png: three videos, each as it is, decoded, and one channel of its latents"
-    )
+    picture = Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().numpy())
+    picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST).save("vae_demo.png")
+    print("wrote vae_demo.png: three videos as they are, decoded, and one channel of the latents")
 
 
 if __name__ == "__main__":
