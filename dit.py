@@ -100,13 +100,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def clips_by_length(sample_id: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     """Sort the tokens so that clips of equal length lie side by side: sample_id [B, L] ->
 
-    order [N]: the places among B x L of the N real tokens, whole clips, the shortest first;
-    groups: (how many clips, their length n) from the shortest on. Padding (-1) is in no group.
+    order [N]: the N = B x L places, whole clips, the shortest first, and padding (-1) last;
+    groups: (how many clips, their length n) from the shortest on. Padding is in no group. It is
+    carried along all the same: N then never changes, nor do the kernels that are made for it.
     """
     flat = sample_id.flatten()
     length = torch.bincount(flat[flat >= 0])  # [clips]
-    key = torch.where(flat < 0, -1, length[flat] * len(length) + flat)  # by length, then by clip
-    order = torch.argsort(key, stable=True)[(flat < 0).sum() :]  # [N]
+    key = length[flat] * len(length) + flat  # by length, then by clip
+    order = torch.argsort(torch.where(flat < 0, key.max() + 1, key), stable=True)  # [N]
     n, clips = length[length > 0].unique(return_counts=True)
     return order, list(zip(clips.tolist(), n.tolist(), strict=True))
 
@@ -117,12 +118,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, in
     Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2, and clips of
     equal length go together as one batch.
     """
-    sizes, outputs = [clips * n for clips, n in groups], []
-    parts = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+    sizes = [clips * n for clips, n in groups]
+    outputs, sizes = [], sizes + [len(q) - sum(sizes)]  # the last are padding
+    parts = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))
+    padding = parts.pop()[2]
     for (clips, n), part in zip(groups, parts, strict=True):
         a = [x.unflatten(0, (clips, n)).transpose(1, 2) for x in part]  # [clips, heads, n, head]
         outputs.append(attend(*a).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat([*outputs, torch.zeros_like(padding)])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ class DiT(nn.Module):
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
         """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs], of patches only."""
-        order, groups = clips_by_length(layout.sample_id)  # [N]: the real tokens, padding left out
+        order, groups = clips_by_length(layout.sample_id)  # [N]
         text, sample_id, frame_id, position, tokens = (
             x.flatten(0, 1)[order]
             for x in (layout.text, layout.sample_id, layout.frame_id, layout.position, tokens)

@@ -21,8 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +37,7 @@ import prompting
 import reader
 import sample
 import text
+import train
 from dit import DiT, DiTConfig
 from text import Tokenizer
 from vae import VAE, VAEConfig, from_blocks, to_blocks
@@ -589,7 +591,7 @@ def words() -> Tokenizer:
 
 @pytest.mark.parametrize("said", [
     "", " ", "  ", "\n", " a", "a ", "a  b\t\r\n", "a 7 moving left", "A 7 MOVING", "löft",
-    "日本語", "\U0001f642\u200d\u2642\ufe0f", "\0", "\ufeff\u2028\x85", "ö" * 99, "a7moving,left!?",
+    "日本語", "\U0001f642\u200d\u2642\ufe0f", "\0", "\ufeff\u2028\x85", "ö" * 99, "a7moving,left!",
     "\ufffd",
 ])  # fmt: skip
 def test_any_text_comes_back(words, said):
@@ -1279,3 +1281,175 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
         if kind == signal.SIGTERM:
             assert job.returncode == 130 and b"Traceback" not in err and b"interrupted" in err
         assert clips.read_clip(path, 1, 8)[0].shape[1] > 20
+
+
+# ======================================================================================== train.py
+
+SMALL = (
+    "--width 32 --depth 2 --heads 2 --rows 2 --tokens 160 --steps 6 --vae-steps 4 --vae-width 16 "
+    "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3"
+).split()
+
+
+def configured(*flags: str) -> train.Config:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+        return train.parse()
+
+
+def test_train_and_sample_as_a_user_does(tmp_path):
+    """The real commands, word for word but for the sizes, one after the other."""
+    here = Path(__file__).parent
+
+    def command(script, *flags):
+        words = [sys.executable, here / script, *flags]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "gallery.gif" in command("train.py", "--preset", "tiny", *SMALL)
+    out = tmp_path / "out" / "tiny"
+    assert {x.name for x in out.iterdir()} == {
+        "config.json", "vae.pt", "dit.pt", "log.jsonl", "loss.png", "samples", "gallery.gif"
+    }  # fmt: skip
+    with Image.open(out / "gallery.gif") as gallery:
+        assert gallery.n_frames == 17
+    size = "--frames 9 --height 24 --width 40 --steps 2".split()
+    command("sample.py", "--prompt", "a 7 moving left", *size, "--out", "seven.npy")
+    made = np.load(tmp_path / "seven.npy")
+    assert made.shape[:3] == (9, 24, 40) and made.std() > 0
+    run = sample.load_run(out, "cpu")
+    again = sample.generate(run, ["a 7 moving left"], (9, 24, 40), [0], steps=2)[0]
+    assert np.array_equal(made.mean(-1), again.mean(0))  # command and function agree
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    states = {}
+    for name in ("vae", "dit"):
+        saved = torch.load(out / f"{name}.pt", weights_only=True)
+        for kind in ("weights", "ema"):
+            states |= {f"{name}.{kind}.{k}": v for k, v in saved[kind].items()}
+    return states
+
+
+@pytest.mark.parametrize("stage, step", [("vae", 2), ("dit", 2), ("dit", 4)])
+def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stage, step):
+    """Stopped by a signal inside a step, once in each stage, before and after a checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(configured("--out", str(whole)))
+    loss = getattr(train, f"{stage}_loss")
+
+    def interrupted(*args):
+        if args[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train, f"{stage}_loss", interrupted)
+    with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
+        train.main(configured("--out", str(parts)))
+    train.STOP.clear()
+    monkeypatch.setattr(train, f"{stage}_loss", loss)
+    train.main(configured("--out", str(parts)))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    one, other = weights(whole), weights(parts)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    logs = [train.read_log(out) for out in (whole, parts)]
+    steps = [[(x["stage"], x["step"], x["loss"]) for x in log] for log in logs]
+    assert steps[0] == steps[1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train.main(configured("--out", str(tmp_path), "--stage", "vae"))
+    with pytest.raises(ValueError, match="model width = 16, and not 24"):
+        train.main(configured("--out", str(tmp_path), "--stage", "vae", "--vae-width", "24"))
+
+
+def two_batches(ranks: int, rank: int) -> tuple:
+    """The model and the batch of one of `ranks` processes, at step 0."""
+    torch.manual_seed(0)
+    c = configured()
+    images, labels = data.load_digits(Path(__file__).parent / "digits.png")
+    world = data.World(c.world(), images, labels)
+    vae = VAE(VAEConfig(channels=c.channels, width=16))
+    tokenizer = Tokenizer.from_captions(["a 7 moving left"], 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "rank", lambda: rank)
+        patch.setattr(train, "ranks", lambda: ranks)
+        batch = train.dit_batches(vae, tokenizer, world, c, 0, 1)[0]
+    model = DiT(DiTConfig(4 * 10, 4 * c.channels, tokenizer.size, 32, 2, 2))
+    for parameter in model.parameters():  # nothing is zero, or half of the gradients would be
+        nn.init.normal_(parameter, std=0.1)
+    return c, model, batch
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """What `fit` does on each of two processes, up to the gradients."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    c, model, batch = two_batches(2, rank)
+    loss, _ = train.dit_loss(nn.parallel.DistributedDataParallel(model), *batch, c, 0)
+    loss.backward()
+    if rank == 0:
+        torch.save({k: p.grad for k, p in model.named_parameters()}, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    total, patches_of = 0.0, []
+    model = two_batches(2, 0)[1]
+    for rank in range(2):
+        c, _, batch = two_batches(2, rank)
+        packed, _, free = batch
+        patches_of.append(int((packed.is_patch & free[packed.frame_id]).sum()))
+        with pytest.MonkeyPatch.context() as patch:  # its noise is that of its rank
+            patch.setattr(train, "rank", lambda rank=rank: rank)
+            total += train.dit_loss(model, *batch, c, 0)[0] * patches_of[-1]
+    assert patches_of[0] != patches_of[1]  # or a mean of means would pass, too
+    (total / sum(patches_of)).backward()
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [train.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert rates[10:] == pytest.approx([(100 - k) / 90 for k in range(10, 100)])
+
+
+@pytest.mark.parametrize(
+    "preset, millions",
+    [("tiny", 1.92), ("small", 32.7), ("base", 130.4), ("large", 458), ("xl", 675)],
+)
+def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", preset])
+    c = train.parse()
+    with torch.device("meta"):
+        dit, vae = train.make_dit(c, 300), train.make_vae(c)
+    count = sum(p.numel() for p in dit.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.01), count
+    for shape in (*c.world().shapes, *c.world().image_shapes):  # every size can be cut into patches
+        patches.token_count(vae.grid(1, *shape), c.patch)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--preset huge", "no preset huge: there are tiny, small"),
+        ("--depht 8", "unrecognized arguments: --depht"),
+        ("--stage dit --out nowhere", "train there first"),
+        ("--digit 40 --out x", "a digit of 40 pixels does not fit"),
+        ("--shapes 32,32 --out x", "--shapes"),
+        ("--width 100 --heads 3 --out x", "--width"),
+        ("--mnist nowhere --out x", "--mnist takes the IDX files"),
+    ],
+)
+def test_a_training_mistake_is_one_line(words, says, tmp_path):
+    script = Path(__file__).parent / "train.py"
+    words = [sys.executable, script, *words.split()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -82,7 +82,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 2000
+    steps: int = 1900
     rows: int = 8  # of a batch, on each process
     tokens: int = 256  # in a row
     lr: float = 1e-2
@@ -343,7 +343,7 @@ def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
     weights, means = list(model.parameters()), list(averaged.parameters())
     bar = tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=rank() > 0)
     bar.mininterval = 0.5
-    begun, clips = time.perf_counter(), 0
+    begun = time.perf_counter()
     while step < stage.steps:
         share = learning_rate(step, stage.steps, c.warmup)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
