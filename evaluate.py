@@ -72,7 +72,10 @@ def real_clips(config: data.WorldConfig, ones: int, twos: int, seed: int) -> tup
     clips, facts = [], []
     for amount, share in ((ones, 0.0), (twos, 1.0)):
         world = data.World(replace(config, two_digits=share), *digits(held_out=True), seed=seed)
-        sizes = video_sizes(world)
+        room = config.digit * (2 if share else 1)  # elsewhere the world shows no second digit
+        sizes = [size for size in video_sizes(world) if max(size[1:]) >= room]
+        if amount and not sizes:
+            raise ValueError("no video of this world has room for two digits: take --twos 0")
         for s, size in enumerate(sizes):
             mine = [j for j in range(amount) if (j + j // 40) % len(sizes) == s]
             index = 1_000_000 * s + np.arange(2000 + 80 * len(mine))  # many times as many as needed
@@ -210,14 +213,16 @@ def contact_sheet(
     any of it is wrong."""
     some = np.unique(np.linspace(0, len(clips) - 1, most).astype(int))
     wide, high = (2 * max(facts[i][side] for i in some) for side in ("width", "height"))
-    cell = (max(3 * wide, 216) + 12, high + 42)
+    cell = (max(3 * wide + 8, 216) + 12, high + 42)
     sheet = Image.new("RGB", (5 * cell[0], -(-len(some) // 5) * cell[1]), (24, 24, 32))
     pen = ImageDraw.Draw(sheet)
     for place, i in enumerate(some):
         left, top = place % 5 * cell[0] + 6, place // 5 * cell[1] + 4
-        T, H = facts[i]["frames"], facts[i]["height"]
+        T, H, W = (facts[i][side] for side in ("frames", "height", "width"))
         pen.text((left, top), data.short_caption(facts[i]), fill=(220, 220, 220))
-        sheet.paste(sample.filmstrip(clips[i][:, [0, T // 2, T - 1]], 2), (left, top + 14))
+        for k, t in enumerate((0, T // 2, T - 1)):
+            frame = sample.filmstrip(clips[i][:, [t]], 2)
+            sheet.paste(frame, (left + k * (2 * W + 4), top + 14))
         words = ["-" if k < 0 else str(k) for k in seen[i]["digits"]] + seen[i]["directions"]
         color = (120, 200, 120) if min(scores[i].values()) == 1 else (255, 90, 90)
         pen.text((left, top + 2 * H + 16), "read: " + " ".join(words), fill=color)
