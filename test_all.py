@@ -1389,10 +1389,12 @@ def one_of_two(rank: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     c, model, batch = two_batches(2, rank)
-    loss, _ = train.dit_loss(nn.parallel.DistributedDataParallel(model), *batch, c, 0)
-    loss.backward()
+    wrapped = nn.parallel.DistributedDataParallel(model)  # named, or it is gone before the backward
+    train.dit_loss(wrapped, *batch, c, 0)[0].backward()
     if rank == 0:
         torch.save({k: p.grad for k, p in model.named_parameters()}, f"{folder}/gradients.pt")
+    dist.barrier()  # neither leaves while the other still needs it
+    del wrapped
     dist.destroy_process_group()
 
 
