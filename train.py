@@ -82,7 +82,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 1900
+    steps: int = 2000
     rows: int = 8  # of a batch, on each process
     tokens: int = 256  # in a row
     lr: float = 1e-2
