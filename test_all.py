@@ -110,6 +110,14 @@ def test_a_latent_frame_depends_on_its_past_and_never_on_later_pixels(vae):
         assert j == 0 or reach[: 4 * j - 3].any()  # and something of what was before
 
 
+def test_a_clip_that_stands_still_stays_the_same_latent(vae):
+    """Before the first frame there was the first frame, again and again: nothing begins."""
+    latent = vae.encode(video_of(1).expand(-1, -1, 13, -1, -1))
+    assert close(latent, latent[:, :, :1].expand_as(latent)) and latent[:, :, 0].std() > 0.1
+    video = vae.reconstruct(latent)[0]
+    assert close(video[:, :, 1:5], video[:, :, 5:9])
+
+
 def test_a_decoded_frame_never_depends_on_later_latents(vae):
     latent = torch.randn(1, 4, 4, 3, 2, requires_grad=True)
     video = vae.reconstruct(latent)[0]
@@ -290,6 +298,22 @@ def test_a_packed_clip_gives_what_it_gives_alone(network_of_three, budget, rows)
     for k, out in enumerate(together):
         (alone,) = denoise_packed(network_of_three, [latents[k]], [texts[k]], [LEVELS[k]])
         assert close(out, alone) and alone.std() > 0.1
+
+
+def test_clips_of_equal_length_are_attended_together_and_stay_apart(network_of_three):
+    g = random_state(21)
+    grids = ((1, 4, 4), (3, 4, 6), (1, 2, 8), (1, 4, 4))
+    latents = [torch.randn(5, *grid, generator=g) for grid in grids]
+    texts = [[1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [1, 2, 3]]
+    levels = [torch.tensor([0.7]), LEVELS[1], torch.tensor([0.2]), torch.tensor([0.7])]
+    plan = [[1], [3, 0], [2]]
+    packed = patches.pack(latents, texts, 2, 24, plan)
+    assert dit.clips_by_length(packed.sample_id)[1] == [(3, 7), (1, 22)]
+    together = denoise_packed(network_of_three, latents, texts, levels, 24, plan)
+    for k, out in enumerate(together):
+        (alone,) = denoise_packed(network_of_three, [latents[k]], [texts[k]], [levels[k]])
+        assert close(out, alone)
+    assert not close(together[0], together[3], 0.1)  # same caption, grid and level: other pixels
 
 
 def test_packed_gradients_are_those_of_the_clips_alone(network_of_three):
