@@ -210,8 +210,7 @@ def main():
     N, steps = 600, 40
     x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
     both, row = torch.ones(2), torch.tensor([1.0, 0.0])  # the second coordinate is given
-    given = x.clone()
-    given[:, 1] = points[12, 1]
+    given = torch.stack([x[:, 0], points[12, 1].expand(N)], dim=1)
     runs = {
         "DDIM": (x, both, 0.0),
         "DDPM": (x, both, 1.0),
@@ -234,10 +233,11 @@ def main():
               f"clean point; {len(which.unique())} of {len(points)} were hit")  # fmt: skip
         for c, k in enumerate((0, 8, 16, 24, 32, steps)):
             pen.text((160 * c + 6, 180 * r + 4), f"{name}, level {levels[k, 0]:.1f}")
-            for cloud, colour in ((points, (90, 90, 90)), ([*seen, end][k], (255, 170, 60))):
+            clouds = ((points, 1, (90, 90, 90)), ([*seen, end][k], 1 + c // 5, (255, 170, 60)))
+            for cloud, size, colour in clouds:  # the clean points in gray
                 for a, b in cloud.tolist():
-                    at = (160 * c + 80 + 24 * a, 180 * r + 98 + 24 * b)
-                    pen.ellipse((at[0] - 1, at[1] - 1, at[0] + 1, at[1] + 1), fill=colour)
+                    u, v = 160 * c + 80 + 24 * a, 180 * r + 98 + 24 * b
+                    pen.ellipse((u - size, v - size, u + size, v + size), fill=colour)
     print(f"given coordinates bit for bit the same: {torch.equal(end[:, 1], given[:, 1])}")
     sheet.save("diffusion_demo.png")
     print("wrote diffusion_demo.png")

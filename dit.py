@@ -249,18 +249,22 @@ def packed_example() -> SimpleNamespace:
 
 
 def draw(layout: SimpleNamespace, head: int, base: float) -> Image.Image:
-    """Who attends to whom, by sample_id; and the cosines of the rotary angles, a row a token."""
+    """Who attends to whom, by sample_id; and the cosines of the rotary angles. A row is a token."""
     ids = layout.sample_id[0]
     mask = (ids[:, None] == ids) & (ids >= 0)  # [L, L]
     cos = rotary_angles(layout.position[0], head, base)[0][:, 0]  # [L, head/2]
-    sheet = Image.new("L", (2 * 23 * 12 + 340, 23 * 12 + 30), 40)
+    sheet = Image.new("L", (1010, 23 * 12 + 30), 40)
     pen = ImageDraw.Draw(sheet)
-    pen.text((10, 6), "attention: row attends to column", fill=255)
-    pen.text((320, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
-    for x, wide, table in ((10, 12, 40 + 200 * mask), (320, 17, 127.5 * (cos + 1))):
+    pen.text((130, 6), "white: this row's token attends to this column's", fill=255)
+    pen.text((450, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
+    for x, wide, table in ((130, 12, 90 + 150 * mask), (450, 17, 127.5 * (cos + 1))):
         picture = Image.fromarray(table.byte().numpy())
         size = (table.shape[1] * wide, table.shape[0] * 12)
         sheet.paste(picture.resize(size, Image.NEAREST), (x, 24))
+    for k, (clip, frame) in enumerate(zip(ids.tolist(), layout.frame_id[0].tolist(), strict=True)):
+        first = layout.frame_clip.tolist().index(max(clip, 0))  # the row of the clip's text
+        name = f"frame {frame - first - 1}" if frame > first else "text"
+        pen.text((6, 25 + 12 * k), "padding" if clip < 0 else f"clip {clip}, {name}", fill=255)
     return sheet
 
 

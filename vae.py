@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 
@@ -248,6 +248,22 @@ def bouncing_squares(B: int, T: int, size: int) -> Tensor:
     return 2.0 * video[:, None] - 1
 
 
+def draw(video: Tensor, decoded: Tensor, latent: Tensor) -> Image.Image:
+    """Three videos, a row of frames each: itself, decoded, and under each frame its latent."""
+    blocks = (latent[:, :1] / 4).repeat_interleave(4, 2)[:, :, 3:]  # [3, 1, T, h, w]
+    blocks = blocks.repeat_interleave(4, 3).repeat_interleave(4, 4)  # [3, 1, T, H, W]
+    rows = torch.stack([video, decoded, blocks], dim=1)[:, :, 0]  # [3, 3, T, H, W]
+    sheet = F.pad(rows, (1, 1, 1, 1)).permute(0, 1, 3, 2, 4).flatten(3).flatten(0, 2)
+    gray = Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().numpy())
+    picture = Image.new("L", (2 * gray.width + 80, 2 * gray.height), 24)
+    picture.paste(gray.resize((2 * gray.width, 2 * gray.height), Image.NEAREST), (80, 0))
+    pen, row = ImageDraw.Draw(picture), picture.height // 9
+    for k in range(9):
+        name = ("video", "decoded", "1 of its latent\nchannels")[k % 3]
+        pen.text((4, row * k + 12), name, fill=255, font_size=10)
+    return picture
+
+
 def main():
     torch.manual_seed(0)
     vae, steps = VAE(VAEConfig(channels=8, width=32, encoder_depth=1, decoder_depth=2)), 300
@@ -274,15 +290,7 @@ def main():
     print(f"{video.numel() / latent.numel():.1f} times fewer numbers")
     print(f"streamed in 3 chunks: differs by {(parts - latent).abs().max():.0e} at most")
     print(f"frame 0 alone, an image: differs from the first latent frame by {apart:.0e}")
-
-    rows = []  # of each video: itself, decoded, and a channel of its latents under its frames
-    for k in range(3):
-        blocks = (latent[k, :1] / 4).repeat_interleave(4, 1)[:, 3:]  # [1, T, h, w]
-        blocks = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [1, T, H, W]
-        rows += [F.pad(x[0], (1, 1, 1, 1)) for x in (video[k], decoded[k], blocks)]  # [T, H, W]
-    sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # 9 rows of T frames
-    picture = Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST).save("vae_demo.png")
+    draw(video, decoded, latent).save("vae_demo.png")
     print("wrote vae_demo.png: three videos as they are, decoded, and one channel of the latents")
 
 
