@@ -212,12 +212,14 @@ class World:
             pixels = self.render({name: value[group] for name, value in known.items()}, one)
             for k, g in enumerate(group):
                 clips[g] = pixels[k]
-        return clips, self.all_facts(index, size)
+        return clips, self.describe_all(known, size)
 
     def all_facts(self, index, size):
         """The facts of clips, in words, without rendering them: a list of what `describe` makes."""
-        known = self.facts(index, size)
-        one = [{name: value[k] for name, value in known.items()} for k in range(len(index))]
+        return self.describe_all(self.facts(index, size), size)
+
+    def describe_all(self, known, size):
+        one = [{name: value[k] for name, value in known.items()} for k in range(len(size))]
         return [self.describe(facts, s) for facts, s in zip(one, size, strict=True)]
 
     def render(self, facts, size):

@@ -97,9 +97,7 @@ def extend(
     while frames > 0:  # window by window into the past. Latents can't: theirs would come first
         seen = backward_context(run, video.shape[2])
         new = min(frames, room(run, video.shape[2], "backward"))
-        more = (
-            -(seen + new - 1) % run.vae.config.time_factor
-        )  # so that the given frames end a latent
+        more = -(seen + new - 1) % run.vae.config.time_factor  # the given frames end a latent
         known = np.arange(more + new + seen) >= more + new
         blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
         window = np.concatenate([blank, video[:, :, :seen]], axis=2)

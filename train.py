@@ -244,9 +244,8 @@ def dit_batches(
     encoded = [None] * len(index)
     for one in np.unique(size, axis=0).tolist():
         group = random.permutation(np.flatnonzero((size == one).all(1)))
-        for g, clip in zip(
-            group, encode_group(vae, world, c, index[group], one, random), strict=True
-        ):
+        made = encode_group(vae, world, c, index[group], one, random)
+        for g, clip in zip(group, made, strict=True):
             encoded[g] = clip
     batches = []
     for step, (index, _, texts, plan) in enumerate(drawn, first):
@@ -302,12 +301,10 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     Muon's update has all its singular values equal, so that no direction of a matrix waits for
     another. At equal time it was far ahead of AdamW here.
     """
-    inside = {
-        name for name, p in model.named_parameters() if ".blocks." in f".{name}" and p.ndim == 2
-    }
-    inside = {name for name in inside if "modulation" not in name}  # starts at zero
-    matrices = [p for name, p in model.named_parameters() if name in inside]
-    others = [p for name, p in model.named_parameters() if name not in inside]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        inside = "blocks." in name and "modulation" not in name  # modulation starts at zero
+        (matrices if inside and p.ndim == 2 else others).append(p)
     return [
         torch.optim.AdamW(others, lr=lr / 3, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -325,9 +322,7 @@ class Stage:
     loss: Callable[[nn.Module, int], tuple[Tensor, dict]]  # (model, step) -> (loss, logs)
     facts: dict  # for the checkpoint: the model's configuration, and all that sampling needs
     preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
-    finish: Callable[[nn.Module], None] | None = (
-        None  # (EMA model): what remains after the last step
-    )
+    finish: Callable[[nn.Module], None] | None = None  # (EMA model), after the last step
 
 
 def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
@@ -342,7 +337,6 @@ def fit(stage: Stage, c: Config, out: Path, device: torch.device) -> nn.Module:
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     weights, means = list(model.parameters()), list(averaged.parameters())
     bar = tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=rank() > 0)
-    bar.mininterval = 0.5
     begun = time.perf_counter()
     while step < stage.steps:
         share = learning_rate(step, stage.steps, c.warmup)
