@@ -80,19 +80,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device) -> dict:
         raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
 
 
+def load_ema(path: Path, network: type, config: type, device: str | torch.device) -> tuple:
+    """The EMA weights of one file of a run, in a network made for them; and all else in it."""
+    saved = load_checkpoint(path, device)
+    try:
+        made = network(config(**saved["model"])).to(device).eval().requires_grad_(False)
+        made.load_state_dict(saved["ema"])
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{path} was made by another version of the code: train anew") from None
+    return made, saved
+
+
 def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
-    saved = load_checkpoint(Path(folder, "vae.pt"), device)
-    vae = VAE(VAEConfig(**saved["model"])).to(device).eval().requires_grad_(False)
-    vae.load_state_dict(saved["ema"])
-    return vae
+    return load_ema(Path(folder, "vae.pt"), VAE, VAEConfig, device)[0]
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
     """Read vae.pt and dit.pt (their EMA weights)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(Path(folder, "dit.pt"), device)
-    dit = DiT(DiTConfig(**saved["model"])).to(device).eval().requires_grad_(False)
-    dit.load_state_dict(saved["ema"])
+    dit, saved = load_ema(Path(folder, "dit.pt"), DiT, DiTConfig, device)
     words = Tokenizer(saved["words"])
     return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"])
 
