@@ -32,6 +32,7 @@ import data
 import diffusion
 import dit
 import evaluate
+import loop
 import patches
 import prompting
 import reader
@@ -1372,14 +1373,14 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatc
     monkeypatch.setattr(train, f"{stage}_loss", interrupted)
     with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
         train.main(configured("--out", str(parts)))
-    train.STOP.clear()
+    loop.STOP.clear()
     monkeypatch.setattr(train, f"{stage}_loss", loss)
     train.main(configured("--out", str(parts)))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     one, other = weights(whole), weights(parts)
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    logs = [train.read_log(out) for out in (whole, parts)]
+    logs = [loop.read_log(out) for out in (whole, parts)]
     steps = [[(x["stage"], x["step"], x["loss"]) for x in log] for log in logs]
     assert steps[0] == steps[1]
 
@@ -1441,7 +1442,7 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
 
 
 def test_learning_rate_rises_then_falls_to_zero():
-    rates = [train.learning_rate(step, 100, 0.1) for step in range(100)]
+    rates = [loop.learning_rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert rates[10:] == pytest.approx([(100 - k) / 90 for k in range(10, 100)])
 
