@@ -1,22 +1,33 @@
-"""The training loop: the same for every network, for one process or many.
+"""The training loop: the same for every network, on one process or many.
 
-The problem. Training takes minutes here and weeks elsewhere. Whoever stops it, for whatever reason,
-must lose nothing; and what is trained must not depend on the machine that happens to do it.
+The problem. Training takes minutes here and weeks elsewhere. Whoever or whatever stops it must lose
+nothing; and what is learned must not depend on the machines that happen to do it.
 
-The idea. Progress is one integer, the step. Data, noise and learning rate are functions of it, so
-that a checkpoint is the weights, their moving average, the optimizer's state and that one number.
+The idea. Progress is one integer, the step. The *global* batch of a step, its noise and its
+learning rate are functions of (seed, step), and of nothing else. So a checkpoint is the weights,
+their moving average (EMA), the optimizers' state and that one number. Each process makes and learns
+from its own parts of the batch:
 
-    step -> learning rate, loss(step) -> gradients, clipped -> optimizers -> EMA -> step + 1
-                                            every so often: log, save, show a sample
+    step -> the batch, dealt out: a part for each of N processes x A accumulations
+    part -> loss: its share of the mean over the whole batch; their sum is the loss of the step
+         -> gradients, summed over all parts -> clipped -> optimizers -> EMA -> step + 1
 
-`Stage` is all that the loop knows of a training: a network and its loss as a function of the step.
-Files of a stage in the run's folder: <name>.pt, and its lines in log.jsonl.
+So one process and N take the same step, but for the order in which floating point adds. What that
+guarantees: continued on as many processes of the same kind, a run is bit for bit what it would have
+been uninterrupted; continued on another number, it goes on with the same clips and the same noise.
+
+`Stage` is all that the loop knows of a training. Files of a stage in the run's folder: <name>.pt;
+while it trains, <name>.before.pt, the checkpoint before that; and its lines in log.jsonl. All
+processes must see the same folder.
 """
 
 import json
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +35,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
+from muon import Muon
+
+STOP = []  # signals that came in, asking to stop
+MOST_SKIPPED = 3  # steps in a row that may fail
 
 # ----------------------------------------------------------------------------------- many processes
 
@@ -43,13 +59,59 @@ def ranks() -> int:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """Random numbers for one purpose, step and rank."""
+    """Random numbers for one purpose and step."""
     state = np.random.SeedSequence(numbers).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
 
 
 def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def deal(costs: list[float], parts: int) -> list[list[int]]:
+    """Deal items out to parts that cost about the same: the dearest first, each to the part that
+    costs least so far and has room. No part has more than its share in number, rounded up."""
+    most, dealt = -(-len(costs) // parts), [[] for _ in range(parts)]
+    for item in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        free = [part for part in dealt if len(part) < most]
+        min(free, key=lambda part: sum(costs[k] for k in part)).append(item)
+    return dealt
+
+
+def added(*numbers: float, device: torch.device) -> list[float]:
+    """Each number, added up over all processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """FSDP2: each process holds 1/N of every weight, gradient and optimizer state. The weights of a
+    block are made whole just before they are needed, and dropped again."""
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def whole(x):
+    """Shards put together, on the first process's CPU, wherever x (a state dict) has any. All
+    processes must call this."""
+    if isinstance(x, DTensor):
+        full = x.full_tensor()
+        return full.cpu() if rank() == 0 else None
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return [whole(value) for value in x] if isinstance(x, list) else x
+
+
+def sharded_as(full: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a tensor, if `like` is sharded and of its shape."""
+    if not isinstance(like, DTensor) or full.shape != like.shape:
+        return full
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -62,18 +124,15 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for all else.
-
-    Muon's update has all its singular values equal, so that no direction of a matrix waits for
-    another. At equal time it was far ahead of AdamW here.
-    """
+    """Muon for the matrices inside the blocks, AdamW for all else. At equal time this was far ahead
+    of AdamW alone here."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = "blocks." in name and "modulation" not in name  # modulation starts at zero
         (matrices if inside and p.ndim == 2 else others).append(p)
     return [
         torch.optim.AdamW(others, lr=lr / 3, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr),
     ]
 
 
@@ -85,96 +144,162 @@ class Stage:
     model: nn.Module
     steps: int
     lr: float
-    loss: Callable[[nn.Module, int], tuple[Tensor, dict]]  # (model, step) -> (loss, logs)
+    # (model, step, k): the share in the step's loss of the k-th of this process's parts, and logs
+    loss: Callable[[nn.Module, int, int], tuple[Tensor, dict]]
     facts: dict  # for the checkpoint: the model's configuration, and all that sampling needs
     preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
     finish: Callable[[nn.Module], None] | None = None  # (EMA model), after the last step
+    large: bool = False  # whether --shard is for it
+
+
+def gradients(stage: Stage, model: nn.Module, step: int, parts: int, device) -> tuple[float, dict]:
+    """Add up the gradients of all parts; processes talk to each other in the last part only.
+    Returns this process's share of the loss, and what its first part has to log."""
+    loss, logs = 0.0, {}
+    for part in range(parts):
+        last, quiet = part == parts - 1, nullcontext()
+        if isinstance(model, DistributedDataParallel) and not last:
+            quiet = model.no_sync()
+        elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+            model.set_requires_gradient_sync(last)
+        with quiet:
+            with sample.bf16(device):
+                share, more = stage.loss(model, step, part)
+            (share * ranks()).backward()  # DDP and FSDP take the mean over processes
+        loss, logs = loss + share.item(), logs or more
+    return loss, logs
 
 
 def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
     """Train to the end, from wherever out/<name>.pt stopped. Returns the EMA model.
 
-    c: the figures of train.Config under "either training".
+    c: the figures of train.Config under "either training". FloatingPointError: it diverged.
     """
     model, averaged = stage.model.to(device), deepcopy(stage.model).to(device)
     averaged.eval().requires_grad_(False)
+    if sharded := c.shard and stage.large and dist.is_initialized():
+        blank = deepcopy(averaged).to("meta")
+        model, averaged = shard(model), shard(averaged)
+
+    def ema() -> nn.Module:  # whole, to be used on the first process
+        if not sharded:
+            return averaged
+        state = whole(averaged.state_dict())
+        if rank():
+            return blank
+        made = deepcopy(blank).to_empty(device=device)
+        made.load_state_dict(state)
+        return made
+
     optimizers = make_optimizers(model, stage.lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step = resume(stage, out, model, averaged, optimizers, device)
-    if step is None:
-        return averaged
-    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    step, skipped = resume(stage, out, model, averaged, optimizers, device)
+    wrap = dist.is_initialized() and not sharded
+    wrapped = DistributedDataParallel(model) if wrap else model
     weights, means = list(model.parameters()), list(averaged.parameters())
     bar = tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=rank() > 0)
-    begun = time.perf_counter()
+    begun, in_a_row = time.perf_counter(), 0
     while step < stage.steps:
         share = learning_rate(step, stage.steps, c.warmup)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = share * peak
-        with sample.bf16(device):
-            loss, logs = stage.loss(wrapped, step)
-        loss.backward()
+        loss, logs = gradients(stage, wrapped, step, c.accumulate, device)
         norm = nn.utils.clip_grad_norm_(weights, c.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        loss, stopping = added(loss, len(STOP), device=device)  # the same on all processes
         step += 1
-        # An average over the last 1 / (1 - decay) steps, and over fewer while there are few.
-        torch._foreach_lerp_(means, weights, 1 - min(c.ema, step / (10 + step)))
+        if math.isfinite(loss) and math.isfinite(norm):
+            in_a_row = 0
+            for optimizer in optimizers:
+                optimizer.step()
+            # An average over the last 1 / (1 - decay) steps, and over fewer while there are few.
+            with torch.no_grad():
+                torch._foreach_lerp_(means, weights, 1 - min(c.ema, step / (10 + step)))
+        else:  # as if the step had not been; the next one has other clips
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{stage.name} diverged: in {in_a_row} steps in a row, up to step {step}, the loss "
+                f"or its gradient was not a number. What was saved is still good: try a lower "
+                f"learning rate than {stage.lr:g}, or another --seed"
+            )
 
         bar.update()
-        last, stopping = step == stage.steps, told_to_stop()
+        last = step == stage.steps
         if step % 10 == 0 or last:
-            value = loss.item()
-            bar.set_postfix(loss=f"{value:.4f}")
+            bar.set_postfix(loss=f"{loss:.4f}")
             speed = 10 / max(time.perf_counter() - begun, 1e-9)
             begun = time.perf_counter()
-            figures = {"stage": stage.name, "step": step, "loss": value, "norm": norm.item()}
-            log(out, figures | {"steps_a_second": round(speed, 3)} | logs)
+            figures = {"stage": stage.name, "step": step, "loss": loss, "norm": norm}
+            more = {"skipped": skipped} if skipped else {}
+            log(out, figures | {"steps_a_second": round(speed, 3)} | more | logs)
         if last and stage.finish:
             stage.finish(averaged)
+        # Shown before it is saved: killed in between, it is shown again, and not left out.
+        if stage.preview and (step % c.sample_every == 0 or last):
+            shown = ema()
+            if rank() == 0:
+                stage.preview(shown, step)
         if step % c.save_every == 0 or last or stopping:
-            save(out / f"{stage.name}.pt", step, model, averaged, optimizers, stage.facts)
+            path, progress = out / f"{stage.name}.pt", {"step": step, "skipped": skipped}
+            save(path, progress, model, averaged, optimizers, stage.facts, last)
         if stopping:
             raise SystemExit(f"stopped at step {step} of {stage.name}; the same command continues")
-        if stage.preview and (step % c.sample_every == 0 or last) and rank() == 0:
-            stage.preview(averaged, step)
     bar.close()
-    return averaged
-
-
-STOP = []  # signals that came in
-
-
-def told_to_stop() -> bool:
-    """Whether this process or any other was told to; all of them stop after the same step."""
-    if not dist.is_initialized():
-        return bool(STOP)
-    told = torch.tensor(float(len(STOP)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(told)
-    return bool(told)
+    return ema()
 
 
 # -------------------------------------------------------------------------------------------- files
 
 
-def save(path: Path, step: int, model: nn.Module, averaged: nn.Module, optimizers, facts: dict):
-    """Written under another name first: a checkpoint is whole, or it is the one before."""
-    if rank():
-        return
-    state = {"step": step, "weights": model.state_dict(), "ema": averaged.state_dict()}
+def save(
+    path: Path,
+    progress: dict,
+    model: nn.Module,
+    averaged: nn.Module,
+    optimizers: list,
+    facts: dict,
+    last: bool,
+) -> None:
+    """Written under another name first: a checkpoint is whole, or it is the one before, which stays
+    beside it until the training ends. Returns, on all processes, when it is done."""
+    state = {"weights": model.state_dict(), "ema": averaged.state_dict()}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    part = path.with_suffix(".part")
-    torch.save(state | facts, part)
-    os.replace(part, path)
+    state = whole(progress | state | facts)
+    part, before = path.with_suffix(".part"), path.with_suffix(".before.pt")
+    if rank() == 0:
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            part.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 1e9
+            raise OSError(
+                f"{path} could not be written at step {progress['step']}, with {free:.1f} GB free "
+                f"on its disk: make room, and the same command continues from what was saved before"
+            ) from error
+        if path.exists():
+            os.replace(path, before)
+        os.replace(part, path)
+        if last:
+            before.unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
 
 
-def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> int | None:
-    """The step that out/<name>.pt was saved at, everything loaded; 0 where there is none; None
-    where its training has ended. A checkpoint of another configuration is an error."""
-    path, step = out / f"{stage.name}.pt", 0
+def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> tuple[int, int]:
+    """The step that out/<name>.pt was saved at and how many were skipped, everything loaded; 0, 0
+    where there is none. A checkpoint of another configuration is an error."""
+    path, step, skipped = out / f"{stage.name}.pt", 0, 0
+    before = path.with_suffix(".before.pt")
+    if before.exists() and not path.exists():  # killed between two renames
+        path = before
     if path.exists():
-        state = sample.load_checkpoint(path, device)
+        state = sample.load_checkpoint(path, "cpu")
         for kind in ("model", "world"):
             for name, value in stage.facts[kind].items():
                 if (was := state[kind].get(name)) != value:
@@ -182,15 +307,21 @@ def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> int 
                         f"{path} was trained with {kind} {name} = {was}, and not {value}: "
                         "name another folder with --out, or delete the file to begin anew"
                     )
-        step = state["step"]
-        model.load_state_dict(state["weights"])
-        averaged.load_state_dict(state["ema"])
+        step, skipped = state["step"], state.get("skipped", 0)
+        for network, saved in ((model, state["weights"]), (averaged, state["ema"])):
+            own = network.state_dict()
+            network.load_state_dict({k: sharded_as(v, own.get(k)) for k, v in saved.items()})
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            places = [p for group in optimizer.param_groups for p in group["params"]]
+            for k, numbers in saved["state"].items():
+                saved["state"][k] = {n: sharded_as(v, places[k]) for n, v in numbers.items()}
             optimizer.load_state_dict(saved)
     if rank() == 0:  # what was logged after that step will be logged again
         lines = [x for x in read_log(out) if x["stage"] != stage.name or x["step"] <= step]
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return None if step >= stage.steps else step
+        part = out / "log.part"
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(part, out / "log.jsonl")
+    return step, skipped
 
 
 def log(out: Path, figures: dict) -> None:
@@ -200,28 +331,10 @@ def log(out: Path, figures: dict) -> None:
 
 
 def read_log(out: Path) -> list[dict]:
-    path = out / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def draw_loss(out: Path, width: int = 900, height: int = 300) -> None:
-    """loss.png: both losses on a logarithmic scale, smoothed a little."""
-    names = list(dict.fromkeys(line["stage"] for line in read_log(out)))
-    picture = Image.new("RGB", (width, (height + 40) * len(names) + 10), (24, 24, 32))
-    pen = ImageDraw.Draw(picture)
-    for k, name in enumerate(names):
-        lines = [line for line in read_log(out) if line["stage"] == name]
-        value = np.log10(np.maximum([line["loss"] for line in lines], 1e-9))
-        window = max(1, len(value) // 50)
-        smooth = np.convolve(
-            np.pad(value, (window - 1, 0), "edge"), np.ones(window) / window, "valid"
-        )
-        x = 10 + (width - 20) * np.array([line["step"] for line in lines]) / lines[-1]["step"]
-        low, high = value.min(), max(value.max(), value.min() + 1e-3)
-        top = 30 + k * (height + 40)
-        for curve, color in ((value, (70, 90, 120)), (smooth, (255, 190, 80))):
-            y = top + height * (high - curve) / (high - low)
-            pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=color, width=2)
-        title = f"{name}: loss from {10**high:.3g} down to {10**low:.3g}, {lines[-1]['step']} steps"
-        pen.text((10, top - 20), title, fill=(255, 255, 255))
-    picture.save(out / "loss.png")
+    path, lines = out / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # killed while it was written: it will be logged again
+            continue
+    return lines

@@ -8,12 +8,14 @@ import argparse
 import io
 import os
 import re
+import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +35,7 @@ import diffusion
 import dit
 import evaluate
 import loop
+import muon
 import patches
 import prompting
 import reader
@@ -1348,9 +1351,9 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     assert np.array_equal(made.mean(-1), again.mean(0))  # command and function agree
 
 
-def weights(out: Path) -> dict[str, Tensor]:
+def weights(out: Path, stages: tuple[str, ...] = ("vae", "dit")) -> dict[str, Tensor]:
     states = {}
-    for name in ("vae", "dit"):
+    for name in stages:
         saved = torch.load(out / f"{name}.pt", weights_only=True)
         for kind in ("weights", "ema"):
             states |= {f"{name}.{kind}.{k}": v for k, v in saved[kind].items()}
@@ -1391,54 +1394,204 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train.main(configured("--out", str(tmp_path), "--stage", "vae", "--vae-width", "24"))
 
 
-def two_batches(ranks: int, rank: int) -> tuple:
-    """The model and the batch of one of `ranks` processes, at step 0."""
+def child_of(work, *arguments, said: Path = Path(os.devnull)) -> int:
+    """Do `work` in a child process, which has all that is imported; `said`: a file for stderr."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        sys.stderr = open(said, "w", buffering=1)
+        work(*arguments)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+    finally:
+        os._exit(status)
+
+
+def test_killed_at_ten_random_moments_and_continued_is_uninterrupted(tmp_path):
+    """SIGKILL leaves no time to do anything; with a checkpoint every step, it hits many of them."""
+    flags = [*SMALL, "--save-every", "1", "--sample-every", "3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    begun = time.perf_counter()
+    train.main(configured(*flags, "--out", str(whole)))
+    seconds = time.perf_counter() - begun
+    random, left = np.random.default_rng(), 10
+    while left:
+        pid = child_of(train.main, configured(*flags, "--out", str(parts)))
+        time.sleep(random.uniform(0, seconds / 2))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        left -= 1
+    train.main(configured(*flags, "--out", str(parts)))
+    one, other = weights(whole), weights(parts)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    logs = [[(x["stage"], x["step"], x["loss"]) for x in loop.read_log(o)] for o in (whole, parts)]
+    assert logs[0] == logs[1]
+    files = [sorted(x.relative_to(o) for x in o.rglob("*.[gjp]*")) for o in (whole, parts)]
+    left = {x.name for x in files[1]} - {x.name for x in files[0]}
+    assert set(files[0]) <= set(files[1]) and all(".part" in name for name in left), left
+
+
+@pytest.mark.parametrize("bad, ends", [({1, 2, 4}, True), ({2, 3, 4}, False)])
+def test_a_step_that_is_not_a_number_is_skipped_and_three_in_a_row_stop(
+    bad, ends, tmp_path, monkeypatch
+):
+    loss = train.dit_loss
+
+    def broken(*args):
+        share, logs = loss(*args)
+        return share * (torch.nan if args[-1] in bad else 1), logs
+
+    c = configured("--out", str(tmp_path), "--save-every", "2")
+    train.main(replace(c, stage="vae"))
+    monkeypatch.setattr(train, "dit_loss", broken)
+    if ends:
+        train.main(replace(c, stage="dit"))
+        assert loop.read_log(tmp_path)[-1]["skipped"] == len(bad)
+    else:
+        with pytest.raises(FloatingPointError, match="dit diverged: in 3 steps in a row.* step 5"):
+            train.main(replace(c, stage="dit"))
+    saved = torch.load(tmp_path / "dit.pt", weights_only=True)
+    assert saved["step"] == (6 if ends else 4)
+    assert all(x.isfinite().all() for x in [*saved["weights"].values(), *saved["ema"].values()])
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """A limit for the size of a file, in a process of its own, is as good as a full disk."""
+    c = configured("--out", str(tmp_path))
+    train.main(replace(c, stage="vae"))
+    before = weights(tmp_path, ("vae",))
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        train.command(replace(c, stage="dit"))
+
+    _, status = os.waitpid(child_of(full, said=tmp_path / "said"), 0)
+    said = [x for x in (tmp_path / "said").read_text().splitlines() if "train.py" in x]
+    assert os.waitstatus_to_exitcode(status) == 2 and len(said) == 1
+    assert "dit.pt could not be written at step 3" in said[0] and "make room" in said[0]
+    assert not list(tmp_path.glob("dit*"))
+    after = weights(tmp_path, ("vae",))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    train.main(replace(c, stage="dit"))  # there is room again
+
+
+def float32():
+    """Without bf16, whose rounding is larger than what a sum's order changes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sample, "bf16", lambda device: nullcontext())
+    return patch
+
+
+def one_of(rank: int, ranks: int, port: int, jobs: list[tuple[list[str], int | None]]) -> None:
+    """One process of those that torchrun would start, training (flags, a step to stop at) each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost"}
+    torch.set_num_threads(1)
+    patch, loss = float32(), train.dit_loss
+    for k, (flags, stop) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = str(port + k)
+
+        def stopped(*args, stop=stop):
+            if args[-1] == stop and rank == ranks - 1:
+                loop.STOP.append(1)  # told to only one of them
+            return loss(*args)
+
+        patch.setattr(train, "dit_loss", stopped)
+        try:
+            train.main(configured(*flags))
+        except SystemExit:
+            loop.STOP.clear()
+            dist.destroy_process_group()
+
+
+def test_one_process_and_many_take_the_same_steps(tmp_path):
+    """DDP, FSDP2, gradient accumulation, and going on with another number of processes: the same
+    global batch is the same step."""
+    patch = float32()
+    ways = {
+        "one": "",
+        "accumulated": "--accumulate 2",
+        "two": "",
+        "two_accumulated": "--accumulate 2",
+        "sharded": "--shard --accumulate 2",
+        "changed": "--shard",
+    }
+    flags = {
+        way: [*"--rows 5 --vae-batch 4 --steps 5 --vae-steps 4".split(), *more.split()]
+        + ["--out", str(tmp_path / way)]
+        for way, more in ways.items()
+    }
+    for way in ("one", "accumulated"):
+        train.main(configured(*flags[way]))
+    jobs = [(flags[way], None) for way in ("two", "two_accumulated", "sharded")]
+    jobs += [(flags["changed"], 2)]
+    torch.multiprocessing.spawn(one_of, (2, free_port(), jobs), nprocs=2)
+    changed = [flag for flag in flags["changed"] if flag != "--shard"]
+    assert torch.load(tmp_path / "changed" / "dit.pt", weights_only=True)["step"] == 3
+    train.main(configured(*changed))  # two sharded processes did three steps, one does the rest
+    patch.undo()
+    one = weights(tmp_path / "one")
+    for way in list(ways)[1:]:
+        other = weights(tmp_path / way)
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            assert close(other[name], value), (way, name, (other[name] - value).abs().max())
+        losses = [[x["loss"] for x in loop.read_log(tmp_path / w)] for w in ("one", way)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        return place.getsockname()[1]
+
+
+def test_a_dead_process_is_restarted_from_the_last_checkpoint(tmp_path):
+    """torchrun starts all anew when one is killed, and they go on where the last checkpoint was."""
+    script = Path(__file__).parent / "train.py"
+    small = [*SMALL, *"--steps 40 --save-every 1 --sample-every 50 --rows 2".split()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--max-restarts", "1", "--master-port", str(free_port()), str(script)]
+    said = open(tmp_path / "said", "w")
+    job = subprocess.Popen([*torchrun, *small, "--out", str(tmp_path / "run")], stderr=said)
+    path, end = tmp_path / "run" / "dit.pt", time.time() + 240
+    while not path.exists() and time.time() < end and job.poll() is None:
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    assert job.wait(timeout=240) == 0, (tmp_path / "said").read_text()[-2000:]
+    assert torch.load(path, weights_only=True)["step"] == 40
+    assert "SIGKILL" in (tmp_path / "said").read_text()  # it was killed in time
+
+
+def test_dealt_parts_cost_about_the_same():
+    random = np.random.default_rng(0)
+    for rows, parts in ((16, 4), (17, 4), (5, 5), (64, 8)):
+        costs = random.uniform(1, 3, rows).tolist()
+        dealt = loop.deal(costs, parts)
+        assert sorted(sum(dealt, [])) == list(range(rows))
+        assert all(1 <= len(part) <= -(-rows // parts) for part in dealt)
+        if rows % parts == 0:
+            sums = [sum(costs[k] for k in part) for part in dealt]
+            in_turn = [sum(costs[k] for k in range(p, rows, parts)) for p in range(parts)]
+            assert max(sums) <= max(in_turn)
+
+
+def test_muon_is_that_of_pytorch_bit_for_bit():
     torch.manual_seed(0)
-    c = configured()
-    images, labels = data.load_digits(Path(__file__).parent / "digits.png")
-    world = data.World(c.world(), images, labels)
-    vae = VAE(VAEConfig(channels=c.channels, width=16))
-    tokenizer = Tokenizer.from_captions(["a 7 moving left"], 300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "rank", lambda: rank)
-        patch.setattr(train, "ranks", lambda: ranks)
-        batch = train.dit_batches(vae, tokenizer, world, c, 0, 1)[0]
-    model = DiT(DiTConfig(4 * 10, 4 * c.channels, tokenizer.size, 32, 2, 2))
-    for parameter in model.parameters():  # nothing is zero, or half of the gradients would be
-        nn.init.normal_(parameter, std=0.1)
-    return c, model, batch
-
-
-def one_of_two(rank: int, folder: str) -> None:
-    """What `fit` does on each of two processes, up to the gradients."""
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    c, model, batch = two_batches(2, rank)
-    wrapped = nn.parallel.DistributedDataParallel(model)  # named, or it is gone before the backward
-    train.dit_loss(wrapped, *batch, c, 0)[0].backward()
-    if rank == 0:
-        torch.save({k: p.grad for k, p in model.named_parameters()}, f"{folder}/gradients.pt")
-    dist.barrier()  # neither leaves while the other still needs it
-    del wrapped
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    total, patches_of = 0.0, []
-    model = two_batches(2, 0)[1]
-    for rank in range(2):
-        c, _, batch = two_batches(2, rank)
-        packed, _, free = batch
-        patches_of.append(int((packed.is_patch & free[packed.frame_id]).sum()))
-        with pytest.MonkeyPatch.context() as patch:  # its noise is that of its rank
-            patch.setattr(train, "rank", lambda rank=rank: rank)
-            total += train.dit_loss(model, *batch, c, 0)[0] * patches_of[-1]
-    assert patches_of[0] != patches_of[1]  # or a mean of means would pass, too
-    (total / sum(patches_of)).backward()
-    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    ours = [torch.randn(shape) for shape in ((24, 8), (8, 24), (16, 16))]
+    theirs = [x.clone() for x in ours]
+    flags = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, **flags)]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_learning_rate_rises_then_falls_to_zero():
@@ -1472,6 +1625,8 @@ def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch)
         ("--shapes 32,32 --out x", "--shapes"),
         ("--width 100 --heads 3 --out x", "--width"),
         ("--mnist nowhere --out x", "--mnist takes the IDX files"),
+        ("--rows 2 --accumulate 4 --out x", "--rows 2 cannot be dealt out"),
+        ("--shard --out x", "start them with torchrun"),
     ],
 )
 def test_a_training_mistake_is_one_line(words, says, tmp_path):

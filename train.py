@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
 
 A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8).
-Progress is one integer, the step: data, noise and learning rate are functions of (seed, step,
-rank). So the same command continues a run that was stopped, bit for bit as if it had not been, and
-there is no random state to save.
+Progress is one integer, the step: data, noise and learning rate are functions of (seed, step). So
+the same command continues a run that was stopped, bit for bit as if it had not been, on however
+many processes, and there is no random state to save.
 
 In reading order: the configuration; what one step of each stage learns from, `loss(step)`; what is
 shown; the command line. The loop that trains either is loop.py. A run's folder, out/<preset>, then
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import data
@@ -35,12 +36,12 @@ import diffusion
 import patches
 import sample
 from dit import DiT, DiTConfig
-from loop import STOP, Stage, bare, draw_loss, fit, rank, ranks, seeded
+from loop import STOP, Stage, bare, deal, fit, rank, ranks, read_log, seeded
 from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
-AHEAD = 8  # batches that are made at once
+AHEAD = 8  # steps whose batches are made at once
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -70,7 +71,7 @@ class Config:
     decoder_depth: int = 3
     kl: float = 1e-3
     vae_steps: int = 1000
-    vae_batch: int = 8  # clips a step, of the largest size; more of smaller ones
+    vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
@@ -79,7 +80,7 @@ class Config:
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
     steps: int = 2000
-    rows: int = 8  # of a batch, on each process
+    rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     image_phase: float = 0.3  # share of the steps, at the start, that see images only
@@ -92,6 +93,8 @@ class Config:
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     ema: float = 0.99
     clip: float = 1.0  # the most that the gradient's norm may be
+    accumulate: int = 1  # parts, one after the other, in which a process does its share of a step
+    shard: bool = False  # FSDP2: the transformer's weights are spread over all processes
     save_every: int = 200  # steps
     sample_every: int = 500  # steps
 
@@ -112,18 +115,22 @@ def to_float(clips: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(clips)).float() / 127.5 - 1
 
 
-def vae_loss(model: nn.Module, world: data.World, c: Config, step: int) -> tuple[Tensor, dict]:
-    """A batch of clips of one size, another one each step, in all as many pixels as there fit."""
+def vae_loss(
+    model: nn.Module, world: data.World, c: Config, part: int, step: int
+) -> tuple[Tensor, dict]:
+    """A batch of clips of one size, another one each step, in all as many pixels as there fit.
+    Of them this part: as its share of the mean over all."""
     every = 8  # videos have images in them: their first frames are images to a causal VAE
     T, H, W = world.size([step], images=float(step % every == 0))[0].tolist()
     largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
     count = min(max(1, c.vae_batch * largest // (T * H * W)), 4 * c.vae_batch)
-    first = (step * ranks() + rank()) * 4 * c.vae_batch
-    video = to_float(world.clips(first + np.arange(count), (T, H, W))[0])  # [B, C, T, H, W]
+    mine = np.arange(rank() * c.accumulate + part, count, ranks() * c.accumulate)
+    video = to_float(world.clips(step * 4 * c.vae_batch + mine, (T, H, W))[0])  # [B, C, T, H, W]
     grid = bare(model).grid(T, H, W)
-    noise = torch.randn(count, c.channels, *grid, generator=seeded(c.seed, 1, step, rank()))
+    noise = torch.randn(count, c.channels, *grid, generator=seeded(c.seed, 1, step))[mine]
     device = bare(model).mean.device
-    return model(video.to(device), noise.to(device))
+    loss, logs = model(video.to(device), noise.to(device))
+    return loss * (len(mine) / count), logs
 
 
 # --------------------------------------------------------------------------------- stage 2: the DiT
@@ -144,105 +151,165 @@ def draw_known(T: int, u: np.ndarray) -> np.ndarray:
     return known & (not known.all())
 
 
-def draw_clips(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int) -> tuple:
-    """The longest run of numbered clips that fits into a batch: their numbers [n], sizes [n, 3],
-    captions as ids, and which is in which row."""
+@dataclass
+class Clip:
+    """What is decided of a clip before any pixel of it is made. It costs nothing, and depends on
+    (seed, index, step) alone: every process decides on the whole batch, then makes its own part."""
+
+    index: int
+    size: tuple[int, int, int]  # (T, H, W)
+    text: list[int]
+    patches: int  # in each of its t latent frames
+    known: np.ndarray  # [T] bool: frames that are given
+    past: int  # latent frames that are given as a window's past, a little noisy; mostly none
+    level: np.ndarray  # [t] float: of each latent frame; NaN until the batch says
+    free: np.ndarray  # [t] bool: whether it is to be learned
+
+    @property
+    def tokens(self) -> int:
+        return len(self.text) + self.patches * len(self.free)
+
+    @property
+    def alike(self) -> tuple:  # clips of which this is the same are encoded together
+        return self.size, self.past > 0
+
+
+def draw_clip(vae: VAE, c: Config, index: int, size: list[int], text: list[int]) -> Clip:
+    """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
+    some frames are given; or just a clip."""
+    random = np.random.default_rng([c.seed, 3, index])
+    kind, T, (t, h, w) = random.random(), size[0], vae.grid(*size)
+    known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
+    if T > 1 and kind < c.later:  # all of an image would be given
+        past = int(random.integers(1, t))
+        level[:past] = 0.2 * random.random()
+    elif T > 1 and kind < c.later + c.given:
+        known = draw_known(T, random.random(3 + T))
+        frames = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
+        level[frames.reshape(t, -1).all(1)] = 0
+    count = patches.token_count((1, h, w), c.patch)
+    return Clip(index, tuple(size), text, count, known, past, level, np.isnan(level))
+
+
+def draw_clips(
+    vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int
+) -> tuple[list[Clip], list[list[int]]]:
+    """The batch of a step, on all processes: the longest run of numbered clips that fits into it,
+    and which of them are in which row."""
     most = c.rows * c.tokens // 10
-    index = (step * ranks() + rank()) * most + np.arange(most)
+    index = step * most + np.arange(most)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
     captions = [data.short_caption(facts) for facts in world.all_facts(index, size)]
-    dropped = torch.rand(most, generator=seeded(c.seed, 2, step, rank())) < c.dropout
+    dropped = torch.rand(most, generator=seeded(c.seed, 2, step)) < c.dropout
     texts = [
         [NOTHING] if drop else tokenizer.encode(caption)
         for caption, drop in zip(captions, dropped, strict=True)
     ]
-    counts = [patches.token_count(vae.grid(*s), c.patch) for s in size.tolist()]
-    lengths = [len(text) + count for text, count in zip(texts, counts, strict=True)]
-    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
-    n = sum(map(len, plan))
-    return index[:n], size[:n], texts[:n], plan + [[]] * (c.rows - len(plan))
+    drawn = zip(index.tolist(), size.tolist(), texts, strict=True)
+    clips = [draw_clip(vae, c, *of) for of in drawn]
+    plan = patches.longest_prefix([clip.tokens for clip in clips], c.tokens, c.rows)
+    clips = clips[: sum(map(len, plan))]
+    levels = diffusion.training_levels(len(clips), seeded(c.seed, 4, step))
+    levels = diffusion.shift_level(levels, c.shift).tolist()
+    for clip, level in zip(clips, levels, strict=True):
+        clip.level[clip.free] = level
+    return clips, plan
 
 
 @torch.no_grad()
-def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) -> list[tuple]:
-    """Clips of one size (T, H, W), ready to pack. Of each: the clean latent and what the network is
-    shown of given frames [Z + Z + ft, t, h, w]; the level of each frame that is given, NaN where it
-    is to be learned [t]; and the time of its first frame.
-
-    The first of the group are windows from later on in longer clips, and see their own past, a
-    little noisy (see `prompting.roll`); of the next some frames are given; the rest is just clips.
-    """
-    T, H, W = size
-    ft, cuts = c.time_factor, [0, 0]
-    if T > 1:  # all of an image would be given
-        cuts = np.floor(len(index) * np.cumsum([c.later, c.given]) + random.random()).astype(int)
-    later, cut = min(cuts[0], len(index)), min(cuts[1], len(index))
-    parts, starts = [], [1] * later + [0] * (len(index) - later)
-    if later:
-        ahead = int(random.integers(1, 7))  # latent frames
-        clips = world.clips(index[:later], (T + ft * ahead, H, W))[0]
-        latent = vae.encode(to_float(clips).to(vae.mean.device))[:, :, ahead:]  # [b, Z, t, h, w]
-        for one in latent.split(1):
-            past, level = int(random.integers(1, one.shape[2])), 0.2 * random.random()
-            eps = torch.randn(one.shape, generator=seeded(*random.integers(2**31, size=4).tolist()))
-            given = sample.noisy_context(one, past, level, eps.to(one), ft)
-            held = torch.full((one.shape[2],), torch.nan)
-            held[:past] = level
-            parts.append((torch.cat([one, given], dim=1)[0], held))
-    if later < len(index):
-        video = to_float(world.clips(index[later:], size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
-        latent = vae.encode(video)  # [b, Z, t, h, w]
-        given = latent.new_zeros(len(video), c.channels + ft, *latent.shape[2:])
-        whole = torch.zeros(len(video), latent.shape[2], dtype=torch.bool, device=video.device)
-        some = cut - later
-        if some:
-            known = np.stack([draw_known(T, random.random(3 + T)) for _ in range(some)])
-            known = torch.from_numpy(known).to(video.device)
-            given[:some], whole[:some] = sample.encode_given(vae, video[:some], known)
-        latent = torch.where(whole[:, None, :, None, None], given[:, : c.channels], latent)
-        held = torch.where(whole, 0.0, torch.nan).cpu()
-        parts += zip(torch.cat([latent, given], dim=1), held, strict=True)
-    return [(*part, start) for part, start in zip(parts, starts, strict=True)]
+def encode_alike(
+    vae: VAE, world: data.World, c: Config, clips: list[Clip], ahead: int
+) -> list[Tensor]:
+    """Clips of one size, all of them windows or none: of each the clean latent and what the network
+    is shown of given frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
+    (T, H, W), windows = clips[0].alike
+    ft, index = c.time_factor, [clip.index for clip in clips]
+    size = (T + ft * ahead, H, W) if windows else (T, H, W)
+    video = to_float(world.clips(index, size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
+    latent = vae.encode(video)  # [b, Z, t, h, w]
+    if windows:
+        latent, given = latent[:, :, ahead:], []
+        for clip, one in zip(clips, latent.split(1), strict=True):
+            eps = torch.randn(one.shape, generator=seeded(c.seed, 6, clip.index)).to(one)
+            given.append(sample.noisy_context(one, clip.past, clip.level[0], eps, ft))
+        return list(torch.cat([latent, torch.cat(given)], dim=1))
+    given = latent.new_zeros(len(clips), c.channels + ft, *latent.shape[2:])
+    if some := [k for k, clip in enumerate(clips) if clip.known.any()]:
+        known = torch.from_numpy(np.stack([clips[k].known for k in some])).to(video.device)
+        given[some], held = sample.encode_given(vae, video[some], known)
+        held = held[:, None, :, None, None]  # [some, 1, t, 1, 1]
+        latent[some] = torch.where(held, given[some, : c.channels], latent[some])
+    return list(torch.cat([latent, given], dim=1))
 
 
-def dit_batches(
+@dataclass
+class Part:
+    """What one process learns from at once: some rows of the batch of a step."""
+
+    packed: patches.Packed  # tokens [B, L, p p (Z + Z + ft)]
+    levels: Tensor  # [F] the level of each frame
+    free: Tensor  # [F] bool: whether it is to be learned
+    rows: list[int]  # which of the step's rows these are, as many as hold anything
+    patches: int  # how many patches are to be learned in the step, on all processes
+
+
+def dit_parts(
     vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, first: int, count: int
-) -> list[tuple[patches.Packed, Tensor, Tensor]]:
-    """The batches of `count` steps from `first` on: packed clips, whose tokens are
-    [B, L, p p (Z + Z + ft)]; the level of each frame [F]; and whether it is to be learned [F].
+) -> list[list[Part]]:
+    """This process's parts of `count` steps from `first` on.
 
     Many steps at once, since encoding many clips of one size at once is several times faster.
     """
-    drawn = [draw_clips(vae, tokenizer, world, c, first + k) for k in range(count)]
-    index, size = (np.concatenate(x) for x in list(zip(*drawn, strict=True))[:2])
-    random = np.random.default_rng([c.seed, 3, first, rank()])
-    encoded = [None] * len(index)
-    for one in np.unique(size, axis=0).tolist():
-        group = random.permutation(np.flatnonzero((size == one).all(1)))
-        made = encode_group(vae, world, c, index[group], one, random)
-        for g, clip in zip(group, made, strict=True):
-            encoded[g] = clip
-    batches = []
-    for step, (index, _, texts, plan) in enumerate(drawn, first):
-        n = len(index)
-        latents, held, starts = zip(*encoded[:n], strict=True)
-        encoded = encoded[n:]
-        level = diffusion.training_levels(n, seeded(c.seed, 4, step, rank()))
-        level = diffusion.shift_level(level, c.shift)
-        levels = [torch.where(h.isnan(), x, h) for x, h in zip(level, held, strict=True)]
-        packed = patches.pack(latents, texts, c.patch, c.tokens, plan, starts)
-        free = patches.frame_levels(packed, [h.isnan().float() for h in held]) > 0
-        batches.append((packed, patches.frame_levels(packed, levels), free))
-    return batches
+    parts, drawn, alike = ranks() * c.accumulate, [], {}
+    for step in range(first, first + count):
+        clips, plan = draw_clips(vae, tokenizer, world, c, step)
+        if len(plan) < parts:
+            raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {parts} parts")
+        # What a row costs: the linear maps (6 d n) and attention (n^2) of each clip, see cost.py.
+        tokens = [[clips[k].tokens for k in row] for row in plan]
+        dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in tokens], parts)
+        own = dealt[rank() * c.accumulate : (rank() + 1) * c.accumulate]
+        drawn.append((clips, plan, own))
+        for clip in (clips[k] for rows in own for row in rows for k in plan[row]):
+            alike.setdefault(clip.alike, []).append(clip)
+    ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, 7))  # latent frames
+    latents = {}  # by a clip's number
+    for some in alike.values():
+        made = encode_alike(vae, world, c, some, ahead)
+        latents |= zip((clip.index for clip in some), made, strict=True)
+    most = -(-c.rows // parts)  # rows of a part: always the same number, some may be empty
+    return [
+        [make_part(c, clips, plan, rows, latents, most) for rows in own]
+        for clips, plan, own in drawn
+    ]
 
 
-def dit_loss(
-    model: nn.Module, packed: patches.Packed, levels: Tensor, free: Tensor, c: Config, step: int
-) -> tuple[Tensor, dict]:
-    """The mean error over the patches of all ranks, of frames that are not given."""
+def make_part(
+    c: Config, clips: list[Clip], plan: list[list[int]], rows: list[int], latents: dict, most: int
+) -> Part:
+    """Some rows of a batch, packed."""
+    here = [k for row in rows for k in plan[row]]  # clips of the batch -> of this part
+    place = {k: j for j, k in enumerate(here)}
+    layout = [[place[k] for k in plan[row]] for row in rows] + [[]] * (most - len(rows))
+    mine = [clips[k] for k in here]
+    texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
+    latents = [latents[clip.index] for clip in mine]
+    packed = patches.pack(latents, texts, c.patch, c.tokens, layout, starts)
+    level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
+    free = patches.frame_levels(packed, [torch.from_numpy(clip.free).float() for clip in mine])
+    learned = sum(int(clip.free.sum()) * clip.patches for clip in clips)
+    return Part(packed, level, free > 0, rows, learned)
+
+
+def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor, dict]:
+    """The error over the patches of this part, of frames that are not given, divided by how many
+    such patches there are on all processes: shares that add up to the mean over patches."""
+    packed, levels = part.packed, part.levels
     tokens = packed.tokens.unflatten(-1, (c.patch**2, -1))  # [B, L, p p, Z + Z + ft]
     clean, given = tokens[..., : c.channels].flatten(2), tokens[..., c.channels :]
-    eps = torch.randn(clean.shape, generator=seeded(c.seed, 5, step, rank())).to(clean)
+    eps = torch.zeros_like(clean)
+    for k, row in enumerate(part.rows):  # each row's noise is its own, whoever has it
+        eps[k] = torch.randn(clean.shape[1:], generator=seeded(c.seed, 5, step, row)).to(clean)
     level = levels[packed.frame_id]  # [B, L]
 
     def denoise(x: Tensor, _: Tensor) -> Tensor:
@@ -250,18 +317,44 @@ def dit_loss(
         return model(shown, levels, packed)
 
     error = diffusion.denoising_error(denoise, clean, eps, level[..., None], c.prediction)
-    learn = packed.is_patch & free[packed.frame_id]  # [B, L]
+    learn = packed.is_patch & part.free[packed.frame_id]  # [B, L]
     error, level = error.mean(-1)[learn], level[learn]  # [patches]
-    count = torch.tensor(float(len(error)), device=error.device)
-    if dist.is_initialized():  # DDP takes the mean over ranks: this makes it the mean over patches
-        dist.all_reduce(count)
     fourth = (4 * level).long().clamp(max=3)
     bins = [round(error[fourth == k].mean().nan_to_num().item(), 4) for k in range(4)]
     logs = {"clips": len(packed.grids), "fill": packed.fill, "loss_by_level": bins}
-    return error.sum() / count * ranks(), logs
+    return error.sum() / part.patches, logs
 
 
 # ------------------------------------------------------------------------------------ what is shown
+
+
+def draw_loss(out: Path, width: int = 900, height: int = 300) -> None:
+    """loss.png: both losses on a logarithmic scale, smoothed a little."""
+    names = list(dict.fromkeys(line["stage"] for line in read_log(out)))
+    picture = Image.new("RGB", (width, (height + 40) * len(names) + 10), (24, 24, 32))
+    pen = ImageDraw.Draw(picture)
+    for k, name in enumerate(names):
+        lines = [line for line in read_log(out) if line["stage"] == name]
+        lines = [line for line in lines if np.isfinite(line["loss"])]
+        if not lines:
+            continue
+        value = np.log10(np.maximum([line["loss"] for line in lines], 1e-9))
+        window = max(1, len(value) // 50)
+        smooth = np.convolve(
+            np.pad(value, (window - 1, 0), "edge"), np.ones(window) / window, "valid"
+        )
+        x = 10 + (width - 20) * np.array([line["step"] for line in lines]) / lines[-1]["step"]
+        low, high = value.min(), max(value.max(), value.min() + 1e-3)
+        top = 30 + k * (height + 40)
+        for curve, color in ((value, (70, 90, 120)), (smooth, (255, 190, 80))):
+            y = top + height * (high - curve) / (high - low)
+            pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=color, width=2)
+        title = f"{name}: loss from {10**high:.3g} down to {10**low:.3g}, {lines[-1]['step']} steps"
+        pen.text((10, top - 20), title, fill=(255, 255, 255))
+    part = out / ".loss.part.png"
+    picture.save(part)
+    os.replace(part, out / "loss.png")
+
 
 GALLERY = [  # prompts of the last page of training; the sizes take turns
     "a 0 moving left", "a 1 moving right", "a 2 moving up", "a 3 moving down",
@@ -335,16 +428,21 @@ def parse() -> Config:
         kind = many(type(value[0])) if isinstance(value, tuple) else type(value)
         kind = many(shape) if "shapes" in field.name else kind
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        parser.add_argument(flag, type=kind, default=value, help=f"default: {shown}")
+        how = {"type": kind}
+        if isinstance(value, bool):
+            how, shown = {"action": argparse.BooleanOptionalAction}, "no"
+        parser.add_argument(flag, default=value, help=f"default: {shown}", **how)
     return Config(**vars(parser.parse_args()))
 
 
 def main(c: Config) -> None:
     check(c)
-    if "RANK" in os.environ:  # torchrun started several of us
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:  # torchrun started several of us
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
     sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
@@ -362,6 +460,8 @@ def main(c: Config) -> None:
         train_dit(c, world, facts, out, device)
     if rank() == 0:
         draw_loss(out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_vae(c: Config) -> VAE:
@@ -382,9 +482,20 @@ def check(c: Config) -> None:
         raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    for name in ("steps", "vae_steps", "rows", "tokens", "save_every", "sample_every", "vae_batch"):
+    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate"
+    for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("rows", "vae_batch"):
+        if getattr(c, name) < processes * c.accumulate:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(c, name)} cannot be dealt out to {processes} "
+                f"processes in --accumulate {c.accumulate} parts: at least "
+                f"{processes * c.accumulate}"
+            )
+    if c.shard and "RANK" not in os.environ:
+        raise ValueError("--shard spreads weights over processes: start them with torchrun")
     vae, world = make_vae(c), c.world()
     for T in (1, *c.durations):
         for H, W in (*world.shapes, *world.image_shapes):
@@ -397,8 +508,8 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
     torch.manual_seed(c.seed)  # initial weights
     vae = make_vae(c)
 
-    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
-        return vae_loss(model, world, c, step)
+    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
+        return vae_loss(model, world, c, part, step)
 
     def measure(averaged: VAE) -> None:
         sizes = [(max(c.durations), *shape) for shape in world.config.shapes]
@@ -415,30 +526,34 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
     tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, tokenizer.size)
-    ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
+    ahead = {}  # parts by step: made a few at a time, from steps that are multiples of that
 
-    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
+    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         if step not in ahead:
             ahead.clear()
             first = step - step % AHEAD
-            made = dit_batches(vae, tokenizer, world, c, first, AHEAD)
+            made = dit_parts(vae, tokenizer, world, c, first, AHEAD)
             ahead.update(enumerate(made, first))
-        return dit_loss(model, *ahead[step], c, step)
+        return dit_loss(model, ahead[step][part], c, step)
 
     def show(averaged: DiT, step: int) -> None:
         run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
         preview(run, world.config, out / "samples" / f"{step:06d}.gif")
 
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
-    averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show), c, out, device)
+    averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show, large=True), c, out, device)
     if rank() == 0:
         run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
         gallery(run, world.config, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}; python evaluate.py prompts --run {out} measures it")
 
 
-if __name__ == "__main__":
+def command(c: Config) -> None:
     try:
-        main(parse())
-    except (ValueError, OSError) as error:
+        main(c)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    command(parse())
