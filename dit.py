@@ -27,12 +27,15 @@ Run `python dit.py` to see a small DiT read a packed batch, and where its parame
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -97,7 +100,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- attention
 
 
-def clips_by_length(sample_id: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+Groups = tuple[tuple[int, int], ...]  # (how many clips, their length), of tokens in this order
+
+
+def clips_by_length(sample_id: Tensor) -> tuple[Tensor, Groups]:
     """Sort the tokens so that clips of equal length lie side by side: sample_id [B, L] ->
 
     order [N]: the N = B x L places, whole clips, the shortest first, and padding (-1) last;
@@ -109,23 +115,81 @@ def clips_by_length(sample_id: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     key = length[flat] * len(length) + flat  # by length, then by clip
     order = torch.argsort(torch.where(flat < 0, key.max() + 1, key), stable=True)  # [N]
     n, clips = length[length > 0].unique(return_counts=True)
-    return order, list(zip(clips.tolist(), n.tolist(), strict=True))
+    return order, tuple(zip(clips.tolist(), n.tolist(), strict=True))
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+@torch.compiler.disable  # every batch has other groups: compiled, each would be compiled anew
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, groups: Groups, path: str | None = None
+) -> Tensor:
     """Full attention inside each clip: q, k, v [N, heads, head] -> [N, heads, head].
 
-    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2, and clips of
-    equal length go together as one batch.
+    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2. There are
+    three paths to the same result (zeros where there is padding), of which `best_path` chooses:
+
+        grouped   clips of equal length together, as one batch. Runs everywhere, and is exact
+        varlen    PyTorch's flash attention over clips laid end to end: one kernel for all of them.
+                  CUDA, bfloat16 or float16
+        flex      PyTorch's FlexAttention, compiled, with "same clip" as its mask. CUDA, any type
+
+    `python evaluate.py bench` times those that the device has.
     """
-    sizes = [clips * n for clips, n in groups]
-    outputs, sizes = [], sizes + [len(q) - sum(sizes)]  # the last are padding
-    parts = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))
-    padding = parts.pop()[2]
-    for (clips, n), part in zip(groups, parts, strict=True):
+    real = sum(clips * n for clips, n in groups)
+    padding, q, k = torch.zeros_like(v[real:]), q.type_as(v), k.type_as(v)
+    parts = (q[:real], k[:real], v[:real])
+    return torch.cat([PATHS[path or best_path(v)](*parts, groups), padding])
+
+
+def best_path(v: Tensor) -> str:
+    """What ought to be fastest; no GPU was at hand to measure it on."""
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if v.is_cuda and half else "grouped"
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    outputs, sizes = [], [clips * n for clips, n in groups]
+    for (clips, n), *part in zip(groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
         a = [x.unflatten(0, (clips, n)).transpose(1, 2) for x in part]  # [clips, heads, n, head]
         outputs.append(attend(*a).transpose(1, 2).flatten(0, 1))
-    return torch.cat([*outputs, torch.zeros_like(padding)])
+    return torch.cat(outputs)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    from torch.nn.attention.varlen import (
+        varlen_attn,
+    )  # newer than the oldest PyTorch that we run on
+
+    ends, longest = clip_ends(groups, q.device), groups[-1][1]
+    return varlen_attn(q, k, v, ends, ends, longest, longest)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    attention = torch.nn.attention.flex_attention.flex_attention
+    if q.is_cuda:  # uncompiled, it holds the whole N x N matrix
+        attention = torch.compile(attention, dynamic=True)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, N, head]
+    out = attention(q, k, v, block_mask=clip_mask(groups, q.device))
+    return out[0].transpose(0, 1)
+
+
+PATHS = {"grouped": grouped_attention, "varlen": varlen_attention, "flex": flex_attention}
+
+
+@lru_cache(maxsize=8)  # made once for a batch, and not in each block
+def clip_ends(groups: Groups, device: torch.device) -> Tensor:
+    """Where each clip ends, after a 0: [clips + 1]."""
+    lengths = [n for clips, n in groups for _ in range(clips)]
+    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+
+
+@lru_cache(maxsize=8)
+def clip_mask(groups: Groups, device: torch.device):
+    """FlexAttention's mask: which blocks of 128 x 128 hold a pair of tokens of the same clip."""
+    lengths = torch.tensor([n for clips, n in groups for _ in range(clips)], device=device)
+    clip = torch.repeat_interleave(lengths)  # [N]
+    return torch.nn.attention.flex_attention.create_block_mask(
+        lambda b, h, i, j: clip[i] == clip[j], None, None, len(clip), len(clip), device=str(device)
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +226,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple[Tensor, Tensor], groups: list
+        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple[Tensor, Tensor], groups: Groups
     ) -> Tensor:
         """x [N, d], c [F, d], frame_id [N] -> [N, d]."""
         d = x.shape[-1]
@@ -188,6 +252,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config, d = config, config.width
+        self.recompute = False  # make activations again in the backward pass, to keep fewer
         self.read = nn.Linear(config.inputs, d)
         self.words = nn.Embedding(config.vocabulary, d)
         self.level = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
@@ -218,7 +283,11 @@ class DiT(nn.Module):
             position, self.config.width // self.config.heads, self.config.rope_base
         )
         for block in self.blocks:
-            x = block(x, c, frame_id, turn, groups)  # [N, d]
+            given = (x, c, frame_id, turn, groups)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False)  # [N, d]
+            else:
+                x = block(*given)  # [N, d]
 
         shift, scale = F.embedding(frame_id, self.modulation(c)).chunk(2, dim=-1)  # [N, d]
         x = self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [N, outputs]

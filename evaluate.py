@@ -2,6 +2,7 @@
 
     python evaluate.py prompts --run out/tiny     # reads what is in a run's clips
     python evaluate.py bench                      # times the networks; needs no run
+    python evaluate.py scaling                    # trains with 1, 4 and 16 times the compute
 
 `prompts` reads three sets of clips of the same prompts, from pixels alone (see reader.py):
 
@@ -33,11 +34,12 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+import cost
 import data
 import patches
 import reader
 import sample
-from dit import DiT, DiTConfig
+from dit import PATHS, DiT, DiTConfig, clips_by_length, packed_attention
 from text import Tokenizer
 from vae import VAE, VAEConfig
 
@@ -278,22 +280,6 @@ def median_seconds(device: torch.device, repeats: int, **calls: Callable) -> dic
     return {name: statistics.median(times[2:]) for name, times in taken.items()}  # two to warm up
 
 
-def step_flops(dit: DiT, packed: patches.Packed) -> float:
-    """What a training step has to compute: 6 for each weight and each thing it is applied to (2
-    forward, 4 backward; Kaplan et al. 2020, section 2.1), and in attention 12 n^2 d for each clip
-    and block. Padding does not count: nobody asked for it."""
-    lengths = [end - start for _, start, _, end in packed.where]
-    frames = len(packed.frame_clip)  # adaLN is computed for each frame, not for each token
-    times = {"modulation": frames, "level": frames, "caption": len(lengths), "words": 0}
-    linear = 0
-    for name, weight in dit.named_parameters():
-        if weight.ndim == 2:
-            part = next((part for part in times if part in name), None)
-            linear += weight.numel() * times.get(part, sum(lengths))
-    squares = sum(n * n for n in lengths)
-    return 6.0 * linear + 12.0 * squares * dit.config.width * dit.config.depth
-
-
 def mixed_batch(vae: VAE, config: DiTConfig) -> dict[str, patches.Packed]:
     """The start of a mixed stream of clips: packed, and a clip a row, padded to the longest."""
     world = data.World(data.WorldConfig(), *digits(held_out=False))
@@ -312,6 +298,27 @@ def mixed_batch(vae: VAE, config: DiTConfig) -> dict[str, patches.Packed]:
         "packed": patches.pack(latents, texts[:n], PATCH, BUDGET, plan),
         "padded": patches.pack(latents, texts[:n], PATCH, max(lengths[:n]), alone),
     }
+
+
+def attention_paths(
+    packed: patches.Packed, config: DiTConfig, kind: str, repeats: int
+) -> dict[str, float]:
+    """Seconds of a block's attention over a batch; paths that a device lacks are left out."""
+    device, groups = packed.text.device, clips_by_length(packed.sample_id)[1]
+    shape = (3, packed.text.numel(), config.heads, config.width // config.heads)
+    calls, dtype = {}, getattr(torch, kind)
+    for path in PATHS:
+        qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+        def call(qkv: torch.Tensor = qkv, path: str = path) -> None:
+            packed_attention(*qkv, groups, path).sum().backward()
+
+        try:
+            call()
+        except (RuntimeError, NotImplementedError, ImportError):
+            continue
+        calls[path] = call
+    return median_seconds(device, repeats, **calls)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -345,10 +352,15 @@ def bench(args: argparse.Namespace) -> None:
     print(f"DiT, {sum(w.numel() for w in dit.parameters()) / 1e6:.1f} M weights, training step:")
     for name, packed in batches.items():
         B, L = packed.text.shape
-        tokens = sum(end - start for _, start, _, end in packed.where) / taken[name]
-        share = step_flops(dit, packed) / taken[name] / rate
+        tokens = sum(packed.lengths) / taken[name]
+        work = cost.step_flops(dit, packed.lengths, len(packed.frame_clip))
+        share = sum(work) / taken[name] / rate
         print(f"  {name}: {B:3} rows of {L} tokens, {packed.fill:.0%} full, {tokens:9,.0f} real "
               f"tokens/s, {share:.0%} of the matrix product's rate")  # fmt: skip
+
+    print("packed attention, forward and backward, by each path that this device has:")
+    for path, seconds in attention_paths(batches["packed"], dit.config, kind, args.repeats).items():
+        print(f"  {path}: {1000 * seconds:.2f} ms")
 
     B, T, H, W = 16, 17, 32, 32
     video = torch.rand(B, vae.config.colors, T, H, W, device=device) * 2 - 1
@@ -358,6 +370,12 @@ def bench(args: argparse.Namespace) -> None:
         taken = median_seconds(device, args.repeats, **halves)
     speeds = ", ".join(f"{half} {B * T / time:,.0f} frames/s" for half, time in taken.items())
     print(f"VAE, {B} clips of {T} x {H} x {W}: {speeds}")
+
+
+def scaling(args: argparse.Namespace) -> None:
+    import scaling  # which imports us
+
+    scaling.scaling(args)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -370,7 +388,7 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, dest="command", metavar="prompts|bench")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="prompts|bench|scaling")
     command = commands.add_parser("prompts", help="do clips show what their prompts say?")
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
     command.add_argument("--ones", type=int, default=480, help="how many clips of one digit")
@@ -380,13 +398,18 @@ def main() -> None:
     command.add_argument("--guidance", type=float, help="1: none (default: as sample.py)")
     command = commands.add_parser("bench", help="how fast are training and the VAE?")
     command.add_argument("--repeats", type=int, default=7, help="the median of so many is printed")
+    command = commands.add_parser("scaling", help="what does more training bring? (scaling.py)")
+    command.add_argument("--steps", type=int, default=2000, help="of the longest training")
+    command.add_argument("--ones", type=int, default=160, help="how many clips to read")
+    command.add_argument("--out", default="out/scaling", help="a folder for runs and pictures")
+    command.add_argument("train", nargs="*", help="flags of train.py, behind --")
     args = parser.parse_args()
     for name, least in {"ones": 1, "twos": 0, "seed": 0, "steps": 1, "repeats": 1}.items():
         given = getattr(args, name, None)
         if given is not None and given < least:
             parser.error(f"--{name} {given}: at least {least}")
     try:
-        {"prompts": prompts, "bench": bench}[args.command](args)
+        {"prompts": prompts, "bench": bench, "scaling": scaling}[args.command](args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

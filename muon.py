@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+KIND = torch.bfloat16  # of the polynomial's products: there is nothing to be exact about
+
 
 def orthogonal(x: Tensor, rounds: int = 5) -> Tensor:
-    """x [m, n] = U S V^T -> about U V^T, in bfloat16: there is nothing to be exact about."""
+    """x [m, n] = U S V^T -> about U V^T."""
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen by Jordan et al.: steep at 0, so that 5 rounds do
     tall = x.shape[0] > x.shape[1]
-    x = x.bfloat16().mT if tall else x.bfloat16()  # X X^T is the smaller product
+    x = x.to(KIND).mT if tall else x.to(KIND)  # X X^T is the smaller product
     x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
     for _ in range(rounds):
         square = x @ x.mT

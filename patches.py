@@ -177,9 +177,14 @@ class Packed:
         return (self.sample_id >= 0) & (self.text < 0)
 
     @property
+    def lengths(self) -> list[int]:
+        """How many tokens each clip has, text included."""
+        return [end - start for _, start, _, end in self.where]
+
+    @property
     def fill(self) -> float:
         """The share of places that hold a real token, text included."""
-        return sum(end - start for _, start, _, end in self.where) / self.sample_id.numel()
+        return sum(self.lengths) / self.sample_id.numel()
 
     def to(self, device) -> "Packed":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -6,6 +6,7 @@ python -m pytest -q -k packed        # what has this word in its name
 
 import argparse
 import io
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import clips
+import cost
 import data
 import diffusion
 import dit
@@ -312,7 +315,7 @@ def test_clips_of_equal_length_are_attended_together_and_stay_apart(network_of_t
     levels = [torch.tensor([0.7]), LEVELS[1], torch.tensor([0.2]), torch.tensor([0.7])]
     plan = [[1], [3, 0], [2]]
     packed = patches.pack(latents, texts, 2, 24, plan)
-    assert dit.clips_by_length(packed.sample_id)[1] == [(3, 7), (1, 22)]
+    assert dit.clips_by_length(packed.sample_id)[1] == ((3, 7), (1, 22))
     together = denoise_packed(network_of_three, latents, texts, levels, 24, plan)
     for k, out in enumerate(together):
         (alone,) = denoise_packed(network_of_three, [latents[k]], [texts[k]], [levels[k]])
@@ -408,7 +411,7 @@ def test_attention_inside_clips_is_softmax_under_the_mask():
     packed = patches.pack(*three_clips(), 2, 24)
     q, k, v = torch.randn(3, 2, 24, 2, 16, generator=random_state(4))  # [B, L, heads, head]
     order, groups = dit.clips_by_length(packed.sample_id)
-    assert groups == [(1, 7), (1, 15), (1, 22)]
+    assert groups == ((1, 7), (1, 15), (1, 22))
     out = dit.packed_attention(*(x.flatten(0, 1)[order] for x in (q, k, v)), groups)
     real = packed.sample_id.flatten()[order] >= 0
     mask = packed.sample_id[:, None, :, None] == packed.sample_id[:, None, None, :]
@@ -416,6 +419,46 @@ def test_attention_inside_clips_is_softmax_under_the_mask():
     weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
     whole = torch.einsum("bhij,bjhd->bihd", weight, v)
     assert real.sum() == 44 and close(out[real], whole.flatten(0, 1)[order][real])
+
+
+@pytest.mark.parametrize("path", ["grouped", "flex", "varlen"])
+def test_every_path_of_attention_is_that_of_each_clip_alone(path):
+    """FlexAttention has no backward pass on a CPU, and varlen has nothing there."""
+    if path == "varlen" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device, kind = ("cuda", torch.bfloat16) if path == "varlen" else ("cpu", torch.float32)
+    groups, lengths = ((2, 7), (3, 20), (1, 530)), [7, 7, 20, 20, 20, 530]
+    state = random_state(6)
+    q, k, v = torch.randn(3, sum(lengths) + 9, 2, 16, generator=state).to(device, kind)  # padding
+    out = dit.packed_attention(q, k, v, groups, path)
+    start = 0
+    for n in lengths:
+        a, b, c = (x[start : start + n].float().transpose(0, 1) for x in (q, k, v))
+        alone = (a @ b.mT / 4).softmax(-1) @ c  # [heads, n, head]
+        here = out[start : start + n].float().transpose(0, 1)
+        assert close(here, alone, 1e-5 if kind == torch.float32 else 2e-2)
+        start += n
+    assert not out[start:].any()
+
+
+def test_recomputed_and_compiled_blocks_give_the_same_gradients(network_of_three):
+    """On batches of other layouts, too; compiled only as far as graphs of PyTorch's operations."""
+    plain = network_of_three
+    other = deepcopy(plain)
+    other.recompute = True
+    for block in other.blocks:
+        block.compile(backend="aot_eager")
+    for rows in (None, [[0], [1], [2]]):
+        latents, texts = three_clips()
+        packed = patches.pack(latents, texts, 2, 24, rows)
+        level = torch.linspace(0, 1, len(packed.frame_clip))
+        found = []
+        for model in (plain, other):
+            model.zero_grad()
+            model(packed.tokens, level, packed).square().sum().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        assert all(close(found[1][name], value) for name, value in found[0].items())
+    plain.zero_grad()
 
 
 def test_both_ways_of_attending_agree():
@@ -954,7 +997,78 @@ def test_flops_are_those_that_are_counted():
         dit(packed.tokens, level, packed).square().mean().backward()
     real = sum(end - start for _, start, _, end in packed.where)
     assert real == pytest.approx(packed.fill * packed.text.numel())
-    assert evaluate.step_flops(dit, packed) == pytest.approx(counter.get_total_flops(), rel=0.06)
+    counted = cost.step_flops(dit, packed.lengths, len(packed.frame_clip))
+    assert sum(counted) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(kind):
+    """Of clips that are too long for the plain path, which holds n x n matrices."""
+    d, n = 64, 1024
+    model = DiT(DiTConfig(width=d, depth=1, heads=2))
+    block, kept = model.blocks[0], {}
+    given = torch.randn(n, d, requires_grad=True), torch.randn(1, d, requires_grad=True)
+    place = torch.zeros(n, dtype=torch.int64)
+    turn = dit.rotary_angles(torch.zeros(n, 3), d // 2, 10.0)
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own and n in x.shape:  # and no bf16 copy of a weight
+            kept[storage.data_ptr()] = (storage.nbytes(), x)  # held, so that no place is reused
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            block(*given, place, turn, ((1, n),))
+    real = sum(size for size, _ in kept.values())
+    assert cost.activations(model, n, kind, False) == pytest.approx(real, rel=0.05)
+
+
+def test_memory_is_what_training_allocates():
+    model = DiT(DiTConfig(width=64, depth=2, heads=2))
+    optimizers = loop.make_optimizers(model, 1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [x for o in optimizers for state in o.state.values() for x in state.values()]
+    counted = cost.memory(model, 100, torch.float32)
+    assert counted["optimizer"] == sum(4 * x.numel() for x in states if x.ndim)
+    assert counted["weights"] == sum(p.nbytes for p in model.parameters())
+    assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    half = cost.memory(model, 100, torch.float32, shards=2)
+    assert half["weights"] * 2 == counted["weights"] and half["activations"] > 0
+
+
+def test_a_dry_run_of_3b_adds_up():
+    """In no memory to speak of. The time is the work over the speed, for as many clips as asked."""
+    said = {}
+    for count in ("1000", "2000"):
+        flags = f"--preset 3b --dry-run --gpu h200 --gpus 64 --mfu 0.5 --rows 64 --clips {count}"
+        said[count] = train.dry_run(train.parse(flags.split()))
+    assert "dit: 3,0" in said["1000"] and "blocks.modulation" in said["1000"]
+    work = float(re.search(r"work of a step: ([\d.]+) PFLOP", said["1000"])[1]) * 1e15
+    steps = 1000 / float(re.search(r"a step: (\d+) clips", said["1000"])[1])
+    hours = [float(re.search(r"([\d.]+) GPU-hours", said[n])[1]) for n in said]
+    assert hours[0] == pytest.approx(work * steps / (989e12 * 0.5) / 3600, rel=0.1, abs=0.06)
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.1, abs=0.1)
+
+
+def test_scaling_draws_what_more_compute_brings(network, tmp_path, monkeypatch):
+    """The real command, as small as it gets."""
+    monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
+    words = ["evaluate.py", "scaling", "--steps", "16", "--ones", "6", "--out", str(tmp_path), "--"]
+    monkeypatch.setattr(sys, "argv", [*words, *SMALL[:-8], "--vae-batch", "2"])
+    evaluate.main()
+    figures = json.loads((tmp_path / "scaling.json").read_text())
+    assert [f["steps"] for f in figures] == [1, 4, 16]
+    flops = [f["flops"] for f in figures]
+    assert flops[1] == pytest.approx(4 * flops[0]) and flops[2] == pytest.approx(16 * flops[0])
+    assert figures[2]["loss"] < figures[0]["loss"]
+    with Image.open(tmp_path / "scaling_clips.png") as sheet:
+        assert np.asarray(sheet).std() > 5
+    assert (tmp_path / "scaling.png").exists()
 
 
 def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
@@ -1478,8 +1592,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
 
 
 def float32():
-    """Without bf16, whose rounding is larger than what a sum's order changes."""
+    """Without bf16, whose rounding is far larger than what the order of a sum changes."""
     patch = pytest.MonkeyPatch()
+    patch.setattr(muon, "KIND", torch.float32)
     patch.setattr(sample, "bf16", lambda device: nullcontext())
     return patch
 
@@ -1553,17 +1668,20 @@ def test_a_dead_process_is_restarted_from_the_last_checkpoint(tmp_path):
     script = Path(__file__).parent / "train.py"
     small = [*SMALL, *"--steps 40 --save-every 1 --sample-every 50 --rows 2".split()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--max-restarts", "1", "--master-port", str(free_port()), str(script)]
+    torchrun += ["--standalone", "--max-restarts", "1", str(script)]
     said = open(tmp_path / "said", "w")
     job = subprocess.Popen([*torchrun, *small, "--out", str(tmp_path / "run")], stderr=said)
     path, end = tmp_path / "run" / "dit.pt", time.time() + 240
     while not path.exists() and time.time() < end and job.poll() is None:
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    assert job.wait(timeout=240) == 0, (tmp_path / "said").read_text()[-2000:]
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    try:
+        assert job.wait(timeout=240) == 0, (tmp_path / "said").read_text()[-2000:]
+    finally:
+        job.terminate()
     assert torch.load(path, weights_only=True)["step"] == 40
-    assert "SIGKILL" in (tmp_path / "said").read_text()  # it was killed in time
+    assert "exitcode: -9" in (tmp_path / "said").read_text()  # it was killed in time
 
 
 def test_dealt_parts_cost_about_the_same():
@@ -1602,7 +1720,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 @pytest.mark.parametrize(
     "preset, millions",
-    [("tiny", 1.92), ("small", 32.7), ("base", 130.4), ("large", 458), ("xl", 675)],
+    [("tiny", 1.92), ("small", 32.7), ("base", 130.4), ("large", 458), ("xl", 675), ("3b", 3075)],
 )
 def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", preset])
@@ -1627,6 +1745,7 @@ def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch)
         ("--mnist nowhere --out x", "--mnist takes the IDX files"),
         ("--rows 2 --accumulate 4 --out x", "--rows 2 cannot be dealt out"),
         ("--shard --out x", "start them with torchrun"),
+        ("--dry-run --gpu abacus", "--gpu abacus: 4090, "),
     ],
 )
 def test_a_training_mistake_is_one_line(words, says, tmp_path):

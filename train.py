@@ -31,6 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+import cost
 import data
 import diffusion
 import patches
@@ -95,8 +96,16 @@ class Config:
     clip: float = 1.0  # the most that the gradient's norm may be
     accumulate: int = 1  # parts, one after the other, in which a process does its share of a step
     shard: bool = False  # FSDP2: the transformer's weights are spread over all processes
+    compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
+    recompute: bool = False  # the backward pass makes activations again: slower, far less memory
     save_every: int = 200  # steps
     sample_every: int = 500  # steps
+    # what it would cost (cost.py)
+    dry_run: bool = False  # say it, and train nothing
+    gpu: str = "h100"
+    gpus: int = 1
+    mfu: float = 0.4  # the share of the GPU's peak that is reached
+    clips: int = 0  # how many to see; as many as in `steps` if left out
 
     def world(self) -> data.WorldConfig:
         shapes, more = (
@@ -199,16 +208,21 @@ def draw_clips(
     most = c.rows * c.tokens // 10
     index = step * most + np.arange(most)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
-    captions = [data.short_caption(facts) for facts in world.all_facts(index, size)]
-    dropped = torch.rand(most, generator=seeded(c.seed, 2, step)) < c.dropout
+    kinds, kind = np.unique(size, axis=0, return_inverse=True)
+    count = np.array([patches.token_count(vae.grid(*one), c.patch) for one in kinds.tolist()])
+    count = count[kind.reshape(-1)]  # [most] patches
+    few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))  # no more can fit
+    captions = [data.short_caption(facts) for facts in world.all_facts(index[:few], size[:few])]
+    dropped = torch.rand(few, generator=seeded(c.seed, 2, step)) < c.dropout
     texts = [
         [NOTHING] if drop else tokenizer.encode(caption)
         for caption, drop in zip(captions, dropped, strict=True)
     ]
-    drawn = zip(index.tolist(), size.tolist(), texts, strict=True)
+    lengths = [len(text) + n for text, n in zip(texts, count[:few].tolist(), strict=True)]
+    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
+    n = sum(map(len, plan))
+    drawn = zip(index[:n].tolist(), size[:n].tolist(), texts[:n], strict=True)
     clips = [draw_clip(vae, c, *of) for of in drawn]
-    plan = patches.longest_prefix([clip.tokens for clip in clips], c.tokens, c.rows)
-    clips = clips[: sum(map(len, plan))]
     levels = diffusion.training_levels(len(clips), seeded(c.seed, 4, step))
     levels = diffusion.shift_level(levels, c.shift).tolist()
     for clip, level in zip(clips, levels, strict=True):
@@ -388,19 +402,20 @@ def gallery(run: sample.Run, world: data.WorldConfig, path: Path) -> None:
 # The columns in which they differ. "small" is for one GPU or a patient CPU; the larger ones are
 # DiT's B, L and XL, for many GPUs.
 COLUMNS = (
-    "width depth heads patch channels space_factor vae_width digit rows tokens lr rope_base "
-    "vae_lr vae_steps steps"
+    "width depth heads patch channels space_factor vae_width vae_batch digit rows tokens lr "
+    "rope_base vae_lr vae_steps steps"
 )
 PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
     "tiny":  (),  # the defaults of Config: 1.9 M, 32 x 32
-    "small": (384, 12, 6, 1, 8, 8, 96, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
-    "base":  (768, 12, 12, 2, 16, 8, 128, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
-    "large": (1024, 24, 16, 2, 16, 8, 192, 56, 16, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
-    "xl":    (1152, 28, 16, 2, 16, 8, 256, 56, 16, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
+    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
+    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
+    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
+    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
+    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100.0, 1e-3, 100_000, 400_000),
 }  # fmt: skip
 
 
-def parse() -> Config:
+def parse(argv: list[str] | None = None) -> Config:
     """The preset's values, and the flags that say otherwise."""
 
     def many(kind):
@@ -412,7 +427,7 @@ def parse() -> Config:
 
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="tiny")
-    preset = first.parse_known_args()[0].preset
+    preset = first.parse_known_args(argv)[0].preset
     parser = sample.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -432,11 +447,13 @@ def parse() -> Config:
         if isinstance(value, bool):
             how, shown = {"action": argparse.BooleanOptionalAction}, "no"
         parser.add_argument(flag, default=value, help=f"default: {shown}", **how)
-    return Config(**vars(parser.parse_args()))
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(c: Config) -> None:
     check(c)
+    if c.dry_run:
+        return print(dry_run(c))
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -445,8 +462,7 @@ def main(c: Config) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
-    sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
-    world = data.World(c.world(), *data.split(*sheet, held_out=False), c.seed)
+    world = make_world(c)
     out = Path(c.out or f"out/{c.preset}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if rank() == 0:
@@ -462,6 +478,29 @@ def main(c: Config) -> None:
         draw_loss(out)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def dry_run(c: Config, steps: int = 4) -> str:
+    """What the DiT's training would cost, from the clips of some steps at its end."""
+    world = make_world(c)
+    tokenizer = make_tokenizer(world)
+    with torch.device("meta"):  # shapes without numbers
+        networks = {"vae": make_vae(c), "dit": make_dit(c, tokenizer.size)}
+    first = max(0, c.steps - steps)
+    drawn = [draw_clips(networks["vae"], tokenizer, world, c, k)[0] for k in range(first, c.steps)]
+    lengths = [[clip.tokens for clip in clips] for clips in drawn]
+    frames = [sum(1 + len(clip.free) for clip in clips) for clips in drawn]
+    return cost.report(networks, lengths, frames, c)
+
+
+def make_world(c: Config) -> data.World:
+    sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
+    return data.World(c.world(), *data.split(*sheet, held_out=False), c.seed)
+
+
+def make_tokenizer(world: data.World) -> Tokenizer:
+    known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
+    return Tokenizer.from_captions([data.short_caption(facts) for facts in known], 512)
 
 
 def make_vae(c: Config) -> VAE:
@@ -482,11 +521,15 @@ def check(c: Config) -> None:
         raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate"
+    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus"
     for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if c.gpu not in cost.GPUS:
+        raise ValueError(f"--gpu {c.gpu}: {', '.join(cost.GPUS)}")
+    if not 0 < c.mfu <= 1:
+        raise ValueError(f"--mfu {c.mfu}: a share, more than 0 and at most 1")
+    processes = c.gpus if c.dry_run else int(os.environ.get("WORLD_SIZE", 1))
     for name in ("rows", "vae_batch"):
         if getattr(c, name) < processes * c.accumulate:
             raise ValueError(
@@ -494,7 +537,7 @@ def check(c: Config) -> None:
                 f"processes in --accumulate {c.accumulate} parts: at least "
                 f"{processes * c.accumulate}"
             )
-    if c.shard and "RANK" not in os.environ:
+    if c.shard and "RANK" not in os.environ and not c.dry_run:
         raise ValueError("--shard spreads weights over processes: start them with torchrun")
     vae, world = make_vae(c), c.world()
     for T in (1, *c.durations):
@@ -522,10 +565,13 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
 
 def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
     vae = sample.load_vae(out, device)
-    known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
-    tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
+    tokenizer = make_tokenizer(world)
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, tokenizer.size)
+    dit.recompute = c.recompute
+    if c.compile:
+        for block in dit.blocks:
+            block.compile()
     ahead = {}  # parts by step: made a few at a time, from steps that are multiples of that
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
