@@ -1312,7 +1312,8 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
 
 SMALL = (
     "--width 32 --depth 2 --heads 2 --rows 2 --tokens 160 --steps 6 --vae-steps 4 --vae-width 16 "
-    "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3"
+    "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3 --text-steps 4 --text-batch 2 "
+    "--text-width 32 --text-depth 1 --text-heads 2"
 ).split()
 
 

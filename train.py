@@ -1,4 +1,4 @@
-"""Train everything: the VAE, then the diffusion transformer, from a CPU toy to many GPUs.
+"""Train everything: VAE, language model, diffusion transformer; from a CPU toy to many GPUs.
 
     python train.py --preset tiny                          # moving MNIST on a laptop CPU
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
@@ -12,9 +12,9 @@ In reading order: the configuration; what one step of each stage learns from, `l
 shown; the command line. The loop that trains either is loop.py. A run's folder, out/<preset>, then
 holds
 
-    vae.pt  dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
-    log.jsonl         a line of figures every few steps; loss.png is its picture
-    samples/          clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
+    vae.pt  text.pt  dit.pt  weights, their moving average (EMA), optimizer, step, configuration
+    log.jsonl                a line of figures every few steps; loss.png is its picture
+    samples/  gallery.gif    clips of fixed prompts and seeds, as training goes on and at its end
 """
 
 import argparse
@@ -33,10 +33,13 @@ from torch import Tensor, nn
 import data
 import diffusion
 import patches
+import recaption
 import sample
 from dit import DiT, DiTConfig
+from language import Language, LanguageConfig, LanguageModel
 from loop import STOP, Stage, bare, draw_loss, fit, rank, ranks, seeded
-from text import NOTHING, Tokenizer
+from prompting import expand, load_language
+from text import Tokenizer
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
@@ -50,7 +53,7 @@ class Config:
     """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
-    stage: str = "all"  # vae, dit or all
+    stage: str = "all"  # vae, text, dit or all
     out: str = ""  # the run's folder; out/<preset> if left out
     mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
@@ -72,6 +75,16 @@ class Config:
     vae_steps: int = 1000
     vae_batch: int = 8  # clips a step, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
+    # the language model (language.py, recaption.py)
+    captions: str = "recaptioned"  # or short: what the diffusion transformer learns from
+    labelled: float = 0.1  # share of the clips that have a descriptive caption
+    short: float = 0.3  # share of the clips whose short caption is learned from all the same
+    text_width: int = 128
+    text_depth: int = 3
+    text_heads: int = 4
+    text_steps: int = 800
+    text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
+    text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
     width: int = 128
@@ -126,7 +139,31 @@ def vae_loss(model: nn.Module, world: data.World, c: Config, step: int) -> tuple
     return model(video.to(device), noise.to(device))
 
 
-# --------------------------------------------------------------------------------- stage 2: the DiT
+# ---------------------------------------------------------------------- stage 2: the language model
+
+
+def text_loss(
+    model: nn.Module, vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int
+) -> tuple[Tensor, dict]:
+    """Labelled clips of one size, another one each step, and prompts of others, of any sizes."""
+    images = step < c.text_steps / 2 or step % 4 == 0  # on small images digits are learned sooner
+    size = world.size([step], images=float(images))[0]
+    largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
+    count = min(max(1, c.text_batch * largest // int(size.prod())), 4 * c.text_batch)
+    batch = step * ranks() + rank()
+    index = recaption.labelled_clips(world, batch, 4 * c.text_batch, c.labelled)[:count]
+    clips, facts = world.clips(index, size)
+    latents = list(vae.encode(to_float(clips).to(vae.mean.device)))  # [Z, t, h, w] each
+    captions = [tokenizer.encode(data.descriptive_caption(fact)) for fact in facts]
+    pairs = recaption.expander_pairs(world, tokenizer, batch, 2 * c.text_batch, c.labelled)
+    total, tokens = model(latents, captions, *pairs)
+    everywhere = tokens.float()
+    if dist.is_initialized():  # as in dit_loss
+        dist.all_reduce(everywhere)
+    return total / everywhere * ranks(), {"clips": len(clips)}
+
+
+# --------------------------------------------------------------------------------- stage 3: the DiT
 
 
 def draw_known(T: int, u: np.ndarray) -> np.ndarray:
@@ -145,29 +182,39 @@ def draw_known(T: int, u: np.ndarray) -> np.ndarray:
 
 
 def draw_clips(vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int) -> tuple:
-    """The longest run of numbered clips that fits into a batch: their numbers [n], sizes [n, 3],
-    captions as ids, and which is in which row."""
+    """A run of numbered clips that is long enough to fill a batch: their numbers [n], sizes [n, 3]
+    and captions, None where the captioner is to write one."""
     most = c.rows * c.tokens // 10
     index = (step * ranks() + rank()) * most + np.arange(most)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
-    captions = [data.short_caption(facts) for facts in world.all_facts(index, size)]
-    dropped = torch.rand(most, generator=seeded(c.seed, 2, step, rank())) < c.dropout
-    texts = [
-        [NOTHING] if drop else tokenizer.encode(caption)
-        for caption, drop in zip(captions, dropped, strict=True)
-    ]
+    facts = world.all_facts(index, size)
+    u = torch.rand(2, most, generator=seeded(c.seed, 2, step, rank()))
+    short = 1.0 if c.captions == "short" else c.short
+    captions = recaption.captions_to_learn(world, index, facts, c.labelled, short, u[1])
+    captions = ["" if drop else x for x, drop in zip(captions, u[0] < c.dropout, strict=True)]
+    # How many fit is known once all captions are. With short ones for those, no fewer would.
+    least = ["a 7 moving left" if caption is None else caption for caption in captions]
+    n = sum(map(len, plan_rows(vae, tokenizer, c, least, size)[1]))
+    return index[:n], size[:n], captions[:n]
+
+
+def plan_rows(
+    vae: VAE, tokenizer: Tokenizer, c: Config, captions: list[str], size: np.ndarray
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The captions as ids, cut to what fits beside the patches; which clips go into which row, as
+    many of a run as there is room for."""
     counts = [patches.token_count(vae.grid(*s), c.patch) for s in size.tolist()]
+    pairs = zip(captions, counts, strict=True)
+    texts = [tokenizer.encode(x)[: max(1, c.tokens - count)] for x, count in pairs]
     lengths = [len(text) + count for text, count in zip(texts, counts, strict=True)]
-    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
-    n = sum(map(len, plan))
-    return index[:n], size[:n], texts[:n], plan + [[]] * (c.rows - len(plan))
+    return texts, patches.longest_prefix(lengths, c.tokens, c.rows)
 
 
 @torch.no_grad()
 def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) -> list[tuple]:
     """Clips of one size (T, H, W), ready to pack. Of each: the clean latent and what the network is
     shown of given frames [Z + Z + ft, t, h, w]; the level of each frame that is given, NaN where it
-    is to be learned [t]; and the time of its first frame.
+    is to be learned [t]; the time of its first frame; and the latent [Z, t, h, w] to be captioned.
 
     The first of the group are windows from later on in longer clips, and see their own past, a
     little noisy (see `prompting.roll`); of the next some frames are given; the rest is just clips.
@@ -177,12 +224,13 @@ def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) ->
     if T > 1:  # all of an image would be given
         cuts = np.floor(len(index) * np.cumsum([c.later, c.given]) + random.random()).astype(int)
     later, cut = min(cuts[0], len(index)), min(cuts[1], len(index))
-    parts, starts = [], [1] * later + [0] * (len(index) - later)
+    parts, starts, seen = [], [1] * later + [0] * (len(index) - later), []
     if later:
         ahead = int(random.integers(1, 7))  # latent frames
         clips = world.clips(index[:later], (T + ft * ahead, H, W))[0]
-        latent = vae.encode(to_float(clips).to(vae.mean.device))[:, :, ahead:]  # [b, Z, t, h, w]
-        for one in latent.split(1):
+        latent = vae.encode(to_float(clips).to(vae.mean.device))  # [b, Z, ahead + t, h, w]
+        seen += latent[:, :, : latent.shape[2] - ahead]  # a caption tells how the clip begins
+        for one in latent[:, :, ahead:].split(1):
             past, level = int(random.integers(1, one.shape[2])), 0.2 * random.random()
             eps = torch.randn(one.shape, generator=seeded(*random.integers(2**31, size=4).tolist()))
             given = sample.noisy_context(one, past, level, eps.to(one), ft)
@@ -192,6 +240,7 @@ def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) ->
     if later < len(index):
         video = to_float(world.clips(index[later:], size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
         latent = vae.encode(video)  # [b, Z, t, h, w]
+        seen += latent
         given = latent.new_zeros(len(video), c.channels + ft, *latent.shape[2:])
         whole = torch.zeros(len(video), latent.shape[2], dtype=torch.bool, device=video.device)
         some = cut - later
@@ -202,16 +251,23 @@ def encode_group(vae: VAE, world: data.World, c: Config, index, size, random) ->
         latent = torch.where(whole[:, None, :, None, None], given[:, : c.channels], latent)
         held = torch.where(whole, 0.0, torch.nan).cpu()
         parts += zip(torch.cat([latent, given], dim=1), held, strict=True)
-    return [(*part, start) for part, start in zip(parts, starts, strict=True)]
+    return [(*part, *more) for part, *more in zip(parts, starts, seen, strict=True)]
 
 
 def dit_batches(
-    vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, first: int, count: int
+    vae: VAE,
+    tokenizer: Tokenizer,
+    language: Language | None,
+    world: data.World,
+    c: Config,
+    first: int,
+    count: int,
 ) -> list[tuple[patches.Packed, Tensor, Tensor]]:
     """The batches of `count` steps from `first` on: packed clips, whose tokens are
     [B, L, p p (Z + Z + ft)]; the level of each frame [F]; and whether it is to be learned [F].
 
-    Many steps at once, since encoding many clips of one size at once is several times faster.
+    Many steps at once, since encoding many clips of one size at once is several times faster, and
+    so is captioning.
     """
     drawn = [draw_clips(vae, tokenizer, world, c, first + k) for k in range(count)]
     index, size = (np.concatenate(x) for x in list(zip(*drawn, strict=True))[:2])
@@ -222,15 +278,19 @@ def dit_batches(
         made = encode_group(vae, world, c, index[group], one, random)
         for g, clip in zip(group, made, strict=True):
             encoded[g] = clip
+    captions = [caption for *_, some in drawn for caption in some]
+    captions = recaption.fill_in(language, captions, [clip[-1] for clip in encoded])
     batches = []
-    for step, (index, _, texts, plan) in enumerate(drawn, first):
-        n = len(index)
-        latents, held, starts = zip(*encoded[:n], strict=True)
-        encoded = encoded[n:]
+    for step, (_, size, _) in enumerate(drawn, first):
+        texts, plan = plan_rows(vae, tokenizer, c, captions[: len(size)], size)
+        n = sum(map(len, plan))
+        latents, held, starts, _ = zip(*encoded[:n], strict=True)
+        captions, encoded = captions[len(size) :], encoded[len(size) :]
         level = diffusion.training_levels(n, seeded(c.seed, 4, step, rank()))
         level = diffusion.shift_level(level, c.shift)
         levels = [torch.where(h.isnan(), x, h) for x, h in zip(level, held, strict=True)]
-        packed = patches.pack(latents, texts, c.patch, c.tokens, plan, starts)
+        plan += [[]] * (c.rows - len(plan))
+        packed = patches.pack(latents, texts[:n], c.patch, c.tokens, plan, starts)
         free = patches.frame_levels(packed, [h.isnan().float() for h in held]) > 0
         batches.append((packed, patches.frame_levels(packed, levels), free))
     return batches
@@ -275,7 +335,9 @@ def preview(run: sample.Run, world: data.WorldConfig, path: Path, steps: int = 1
     """Eight clips of fixed prompts and seeds, to watch them get better."""
     T, (H, W) = max(world.durations), world.shapes[0]
     prompts = GALLERY[::2] + GALLERY[-1:]
-    clips = sample.generate(run, prompts, (T, H, W), seeds=list(range(len(prompts))), steps=steps)
+    seeds = list(range(len(prompts)))
+    told = expand(run, prompts, (T, H, W), seeds)
+    clips = sample.generate(run, told, (T, H, W), seeds, steps=steps)
     sample.write_gallery(path, sample.gallery(clips, prompts))
 
 
@@ -285,7 +347,7 @@ def gallery(run: sample.Run, world: data.WorldConfig, path: Path) -> None:
     for k, prompt in enumerate(GALLERY):
         T, shape = world.durations[::-1][k % len(world.durations)], world.shapes
         H, W = shape[k % len(shape)] if " and " not in prompt else shape[-1 - k % 2]
-        clips += sample.generate(run, [prompt], (T, H, W), seeds=[k])
+        clips += sample.generate(run, expand(run, [prompt], (T, H, W), [k]), (T, H, W), seeds=[k])
     sample.write_gallery(path, sample.gallery(clips, GALLERY))
 
 
@@ -358,6 +420,8 @@ def main(c: Config) -> None:
     facts = {"world": asdict(world.config), "config": asdict(c)}
     if c.stage in ("vae", "all"):
         train_vae(c, world, facts, out, device)
+    if c.stage in ("text", "all"):
+        train_text(c, world, facts, out, device)
     if c.stage in ("dit", "all"):
         train_dit(c, world, facts, out, device)
     if rank() == 0:
@@ -376,13 +440,21 @@ def make_dit(c: Config, vocabulary: int) -> DiT:
 
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
-    if c.stage not in ("all", "vae", "dit"):
-        raise ValueError(f"--stage {c.stage}: vae, dit or all")
+    if c.stage not in ("all", "vae", "text", "dit"):
+        raise ValueError(f"--stage {c.stage}: vae, text, dit or all")
+    if c.captions not in ("recaptioned", "short"):
+        raise ValueError(f"--captions {c.captions}: recaptioned or short")
+    if not 0 < c.labelled <= 1:
+        raise ValueError(f"--labelled {c.labelled}: more than 0, and at most 1")
     if c.prediction not in diffusion.PREDICTIONS:
         raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    for name in ("steps", "vae_steps", "rows", "tokens", "save_every", "sample_every", "vae_batch"):
+    if c.text_width % (2 * c.text_heads):
+        multiple = 2 * c.text_heads
+        raise ValueError(f"--text-width {c.text_width}: a multiple of {multiple}")
+    counts = "steps vae_steps text_steps rows tokens save_every sample_every vae_batch text_batch"
+    for name in counts.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
     vae, world = make_vae(c), c.world()
@@ -409,10 +481,25 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, loss, facts, finish=measure), c, out, device)
 
 
+def train_text(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
+    vae, tokenizer = sample.load_vae(out, device), recaption.make_tokenizer(world, c.labelled)
+    torch.manual_seed(c.seed + 2)  # initial weights
+    sizes = c.channels, c.patch, tokenizer.size
+    shape = {"width": c.text_width, "depth": c.text_depth, "heads": c.text_heads}
+    model = LanguageModel(LanguageConfig(*sizes, **shape))
+
+    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict]:
+        return text_loss(model, vae, tokenizer, world, c, step)
+
+    facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
+    fit(Stage("text", model, c.text_steps, c.text_lr, loss, facts), c, out, device)
+
+
 def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
-    vae = sample.load_vae(out, device)
-    known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
-    tokenizer = Tokenizer.from_captions([data.short_caption(f) for f in known], 512)
+    vae, language = sample.load_vae(out, device), None
+    if c.captions == "recaptioned":
+        language = load_language(out, device)
+    tokenizer = language.tokenizer if language else recaption.make_tokenizer(world, c.labelled)
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, tokenizer.size)
     ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
@@ -421,18 +508,18 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
         if step not in ahead:
             ahead.clear()
             first = step - step % AHEAD
-            made = dit_batches(vae, tokenizer, world, c, first, AHEAD)
+            made = dit_batches(vae, tokenizer, language, world, c, first, AHEAD)
             ahead.update(enumerate(made, first))
         return dit_loss(model, *ahead[step], c, step)
 
     def show(averaged: DiT, step: int) -> None:
-        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
+        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"], language)
         preview(run, world.config, out / "samples" / f"{step:06d}.gif")
 
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
     averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show), c, out, device)
     if rank() == 0:
-        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
+        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"], language)
         gallery(run, world.config, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}; python evaluate.py prompts --run {out} measures it")
 
