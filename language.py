@@ -319,3 +319,59 @@ def is_short(prompt: str) -> bool:
 def asked(prompt: str, size: tuple[int, int, int]) -> str:
     """What the expander is told. The size goes along: it decides which walls are reached."""
     return f"{' x '.join(map(str, size))}: {prompt.strip().rstrip('.')}"
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+def squares(count: int, seed: int) -> tuple[list[Tensor], list[str]]:
+    """Latents [1, 1, 6, 6] with one bright square of 2 x 2 each, and where it is."""
+    latents, captions = [], []
+    for r, c in torch.randint(0, 3, (count, 2), generator=torch.Generator().manual_seed(seed)):
+        latent = torch.zeros(1, 1, 6, 6)
+        latent[..., 2 * r : 2 * r + 2, 2 * c : 2 * c + 2] = 1.0
+        latents.append(latent)
+        row, column = ("top", "middle", "bottom")[r], ("left", "centre", "right")[c]
+        captions.append(f"a square at the {row} {column}")
+    return latents, captions
+
+
+def main() -> None:
+    from PIL import Image, ImageDraw
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    latents, captions = squares(32, seed=0)
+    words = Tokenizer.from_captions(captions, 300)
+    config = LanguageConfig(1, 2, words.size, stem=8, width=32, depth=2, heads=2)
+    language = Language(LanguageModel(config), words, {})
+    texts = [words.encode(caption) for caption in captions]
+    prefix = language.model.see(latents[:1])
+    print(f"latent {list(latents[0].shape)} -> prefix {list(prefix.x.shape)}, text {texts[0]}")
+    optimizer = torch.optim.AdamW(language.model.parameters(), lr=1e-2)
+    for step in range(100):
+        total, count = language.model.loss(language.model.see(latents), texts)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+        if step % 20 == 19:
+            print(f"step {step + 1}: loss {total.item() / count:.3f}")
+    latents, captions = squares(6, seed=1)
+    written = language.caption(latents)
+    sheet = Image.new("L", (620, 260), 40)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 8), "who sees whom: 9 patches, 7 tokens", fill=255)
+    mask = prefix_mask(torch.ones(1, 9, dtype=torch.bool), 7)[0]
+    picture = Image.fromarray((90 + 150 * mask).byte().numpy())
+    sheet.paste(picture.resize((192, 192), Image.NEAREST), (10, 30))
+    for k, (latent, said, true) in enumerate(zip(latents, written, captions, strict=True)):
+        print(f"written: {said!r}, true: {true!r}")
+        picture = Image.fromarray((255 * latent[0, 0]).byte().numpy())
+        sheet.paste(picture.resize((36, 36), Image.NEAREST), (250, 10 + 40 * k))
+        pen.text((300, 20 + 40 * k), said, fill=255)
+    sheet.save("language_demo.png")
+    print("wrote language_demo.png")
+
+
+if __name__ == "__main__":
+    main()

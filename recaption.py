@@ -17,7 +17,10 @@ and what is wrong with a short caption are functions of the clip's number, as al
 Run `python recaption.py` for clips, what was written of them, and the pairs to learn from.
 """
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import data
@@ -75,3 +78,34 @@ def fill_in(
     missing = [latent for x, latent in zip(captions, latents, strict=True) if x is None]
     written = iter(language.caption(missing) if missing else [])
     return [next(written) if x is None else x for x in captions]
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def main() -> None:
+    sheet = data.load_digits(Path(__file__).parent / "digits.png")
+    world = data.World(data.WorldConfig(), *data.split(*sheet, held_out=False))
+    index = np.arange(10)
+    clips, facts = world.clips(index)
+    short, known = world.short_captions(index, facts), world.labelled(index, 0.3)
+    page = Image.new("L", (900, 10 * 56), 24)
+    pen = ImageDraw.Draw(page)
+    for k, (clip, fact) in enumerate(zip(clips, facts, strict=True)):
+        said = data.descriptive_caption(fact) if known[k] else "(for the captioner to write)"
+        print(f"clip {k}: {short[k]!r} | {said}")
+        T, H, W = clip.shape[1:]
+        for j, t in enumerate(sorted({0, T // 2, T - 1})):
+            page.paste(Image.fromarray(clip[0, t]), (6 + j * (W + 4), 4 + 56 * k))
+        pen.text((170, 8 + 56 * k), f"written: {short[k]}", fill=150)
+        pen.text((170, 26 + 56 * k), said, fill=255 if known[k] else 100)
+    tokenizer = make_tokenizer(world, share=0.3)
+    told, answers = expander_pairs(world, tokenizer, batch=0, count=3, share=0.3)
+    for a, b in zip(told, answers, strict=True):
+        print(f"the expander learns: {tokenizer.decode(a)!r} -> {tokenizer.decode(b)!r}")
+    page.save("recaption_demo.png")
+    print("wrote recaption_demo.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,6 @@ from prompting import (
     Run,
     Settings,
     backward_context,
-    expand,
     fill,
     forward_context,
     latent_grid,
@@ -59,6 +58,7 @@ from prompting import (
 )
 from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
+from prompting import expand as expand
 from prompting import generate as generate
 from prompting import load_checkpoint as load_checkpoint
 from prompting import load_vae as load_vae
@@ -355,9 +355,9 @@ def main(args: argparse.Namespace) -> None:
     prompts = [args.prompt] * len(seeds)
     if not clips and not args.no_expand:
         prompts = expand(run, prompts, (T, H, W), seeds)
-        for prompt in dict.fromkeys(prompts):
+        for seed, prompt in zip(seeds, prompts, strict=True):
             if prompt != args.prompt:
-                print(f"expanded: {prompt}")
+                print(f"seed {seed}: {prompt}")
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
