@@ -105,8 +105,10 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config, d = config, config.width
+        kernels = ((3, 3, 3), (1, 3, 3))  # the first sees motion, too
+        sizes = zip((config.channels, config.stem), kernels, strict=True)
         self.stem = nn.ModuleList(
-            nn.Conv2d(a, config.stem, 3, padding=1) for a in (config.channels, config.stem)
+            nn.Conv3d(inputs, config.stem, kernel, padding="same") for inputs, kernel in sizes
         )
         self.read = nn.Linear(config.patch**2 * config.stem, d)
         self.words = nn.Embedding(config.vocabulary, d)
@@ -125,12 +127,10 @@ class LanguageModel(nn.Module):
         tokens = [None] * len(latents)
         for grid in {z.shape for z in latents}:  # those of one size at once
             group = [k for k, z in enumerate(latents) if z.shape == grid]
-            x = torch.stack([latents[k] for k in group]).transpose(1, 2)  # [b, t, Z, h, w]
-            y = x.flatten(0, 1)
+            x = torch.stack([latents[k] for k in group])  # [b, Z, t, h, w]
             for layer in self.stem:
-                y = F.gelu(layer(y))
-            y = y.unflatten(0, x.shape[:2]).transpose(1, 2)  # [b, S, t, h, w]
-            for k, one in zip(group, self.read(patches.patchify(y, p)), strict=True):
+                x = F.gelu(layer(x))  # [b, S, t, h, w]
+            for k, one in zip(group, self.read(patches.patchify(x, p)), strict=True):
                 tokens[k] = one  # [n, d]
         position = [patches.grid_positions(*z.shape[1:], p).to(z.device) for z in latents]
         after = torch.tensor([z.shape[1] for z in latents], device=latents[0].device)

@@ -82,7 +82,7 @@ class Config:
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
-    text_steps: int = 800
+    text_steps: int = 1000
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -146,7 +146,7 @@ def text_loss(
     model: nn.Module, vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int
 ) -> tuple[Tensor, dict]:
     """Labelled clips of one size, another one each step, and prompts of others, of any sizes."""
-    images = step < c.text_steps / 2 or step % 4 == 0  # on small images digits are learned sooner
+    images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
     size = world.size([step], images=float(images))[0]
     largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
     count = min(max(1, c.text_batch * largest // int(size.prod())), 4 * c.text_batch)
