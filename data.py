@@ -218,6 +218,15 @@ class World:
         """The facts of clips, in words, without rendering them: a list of what `describe` makes."""
         return self.describe_all(self.facts(index, size), size)
 
+    def labelled(self, index, share):
+        """For which clips, a share of all, somebody wrote the descriptive caption: bool [n]."""
+        return hashed_uniform(self.seed + 2**32, index, 1)[:, 0] < share
+
+    def short_captions(self, index, facts):
+        """What was written for each of the clips."""
+        u = hashed_uniform(self.seed + 2**32, index, 6)[:, 1:]
+        return [noisy_caption(fact, k) for fact, k in zip(facts, u, strict=True)]
+
     def describe_all(self, known, size):
         one = [{name: value[k] for name, value in known.items()} for k in range(len(size))]
         return [self.describe(facts, s) for facts, s in zip(one, size, strict=True)]
@@ -265,12 +274,15 @@ class World:
 
 # ----------------------------------------------------------------------------------------- captions
 
+REGIONS = ("top left", "top", "top right", "left", "middle", "right",
+           "bottom left", "bottom", "bottom right")  # fmt: skip
+NUMBERS = "zero one two three four five six seven eight nine".split()
+
 
 def region(start, room):
-    """Where a box starts, in thirds of the way it could go: "top left", "middle", "bottom" ..."""
-    third = [int(3 * s / (r + 1)) for s, r in zip(start, room, strict=True)]
-    name = f"{('top', '', 'bottom')[third[0]]} {('left', '', 'right')[third[1]]}".strip()
-    return name or "middle"
+    """Where a box starts, in thirds of the way it could go."""
+    row, column = (int(3 * s / (r + 1)) for s, r in zip(start, room, strict=True))
+    return REGIONS[3 * row + column]
 
 
 def article(digit):
@@ -283,23 +295,43 @@ def short_caption(facts):
     return " and ".join(told)
 
 
+def noisy_caption(facts, u):
+    """What people really write. u [5] in [0, 1): half of the time it is the short caption, else
+    each digit may lack its name or its direction: "a 3 and digit moving right"."""
+    if u[0] < 0.5:
+        return short_caption(facts)
+    told = []
+    for d, (name, way) in zip(facts["digits"], u[1:].reshape(2, 2), strict=False):
+        k = d["digit"]
+        names = (f"{article(k)} {k}", f"{k}", NUMBERS[k], f"{article(k)} {NUMBERS[k]}", "digit")
+        ways = (f" moving {d['direction']}", f" going {d['direction']}", f" {d['direction']}",
+                " moving", "")  # fmt: skip
+        told.append(names[int(name * len(names))] + ways[int(way * len(ways))])
+    return " and ".join(told)
+
+
 def descriptive_caption(facts):
-    """All that can be said: digit, start, direction, speed, what it does at the walls, length."""
+    """All that can be seen: digit, start, direction, speed, what it does at the walls, length.
+
+    Two digits come in the order of their places, as one reads: from the pixels alone, nobody could
+    tell which was named first. And an image shows where a digit is, but not where it goes.
+    """
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     wall = {"left": "left wall", "right": "right wall", "up": "top wall", "down": "bottom wall"}
     still = facts["frames"] == 1
     sentences = []
-    for d in facts["digits"]:
-        a, way = article(d["digit"]), d["direction"]
+    for d in sorted(facts["digits"], key=lambda d: (REGIONS.index(d["region"]), d["start"])):
+        text, way = f"{article(d['digit'])} {d['digit']}", d["direction"]
+        if still:
+            sentences.append(f"{text} at the {d['region']}.")
+            continue
         pace = "fast" if d["speed"] > 1 else "slowly"
-        text = f"{a} {d['digit']} starts at the {d['region']}, moving {way} {pace}"
+        text += f" starts at the {d['region']}, moving {way} {pace}"
         if d["bounces"] == 1:
             text += f", bounces off the {wall[way]} and returns {opposite[way]}"
         elif d["bounces"]:
             there, back = wall[way], wall[opposite[way]]
             text += f", bounces {d['bounces']} times between the {there} and the {back}"
-        elif not still:
-            text += ", touches no wall"
         sentences.append(text + ".")
     length = "a still image." if still else f"{facts['frames']} frames."
     return " ".join(sentences + [length])

@@ -1,6 +1,7 @@
 """Numbers for what the report only shows: do clips show what their prompts say, and how fast is it?
 
     python evaluate.py prompts --run out/tiny     # reads what is in a run's clips
+    python evaluate.py language --run out/tiny    # reads captions and expanded prompts
     python evaluate.py bench                      # times the networks; needs no run
     python evaluate.py scaling                    # trains with 1, 4 and 16 times the compute
 
@@ -34,9 +35,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+import caption_reader
 import cost
 import data
 import patches
+import prompting
 import reader
 import sample
 from dit import PATHS, DiT, DiTConfig, clips_by_length, packed_attention
@@ -117,13 +120,15 @@ def reconstruct(vae: VAE, clips: list, facts: list[dict]) -> tuple[list, dict[st
     return made, {"psnr": psnr, "compression": pixels / numbers}
 
 
-def generate(run: sample.Run, facts: list[dict], seed: int, how: dict) -> list:
-    """One clip for each caption, at its size; `how`: what sample.generate should not choose."""
+def generate(run: sample.Run, facts: list[dict], seed: int, how: dict, expanded: bool) -> list:
+    """One clip for each caption, at its size; `how`: what sample.generate should not choose.
+    expanded: the prompts are, as by sample.py."""
     made = [None] * len(facts)
     with tqdm(total=len(facts), desc="generating", unit="clip", leave=False) as bar:
         for size, group in by_size(facts, 32):
             captions = [data.short_caption(facts[i]) for i in group]
             seeds = [1_000_000 * seed + i for i in group]
+            captions = sample.expand(run, captions, size, seeds) if expanded else captions
             clips = sample.generate(run, captions, size, seeds, **how)
             for i, clip in zip(group, clips, strict=True):
                 made[i] = clip
@@ -182,16 +187,18 @@ def measure_prompts(
     steps: int | None = None,
     guidance: float | None = None,
     sheet: Path | None = None,
+    expanded: bool = True,
 ) -> dict:
     """All figures of a run, by name, ready for JSON; `sheet` is a picture to write."""
     how = {"steps": steps, "guidance": guidance}
-    figures = {"ones": ones, "twos": twos, "seed": seed, **how}
+    expanded &= run.language is not None
+    figures = {"ones": ones, "twos": twos, "seed": seed, **how, "expanded": expanded}
     world = data.WorldConfig(**run.world)
     figures["classifier"] = load_classifier(world.digit)[1]
     clips, facts = real_clips(world, ones, twos, seed)
     again, compression = reconstruct(run.vae, clips, facts)
     start = time.perf_counter()
-    made = generate(run, facts, seed, {k: v for k, v in how.items() if v is not None})
+    made = generate(run, facts, seed, {k: v for k, v in how.items() if v is not None}, expanded)
     figures["seconds_a_clip"] = (time.perf_counter() - start) / len(facts)
     for name, those in (("real", clips), ("VAE", again), ("generated", made)):
         seen, scores = read(those, facts, world)
@@ -258,10 +265,22 @@ def prompts(args: argparse.Namespace) -> None:
     folder = Path(args.run) if args.run else sample.newest_run()
     run, sheet = sample.load_run(folder), folder / "prompts.png"
     how = (args.seed, args.steps, args.guidance)
-    figures = measure_prompts(run, args.ones, args.twos, *how, sheet=sheet)
+    figures = measure_prompts(run, args.ones, args.twos, *how, sheet, not args.no_expand)
     print(table(figures))
     (folder / "prompts.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"wrote {folder / 'prompts.json'} and {sheet}")
+
+
+def language(args: argparse.Namespace) -> None:
+    folder = Path(args.run) if args.run else prompting.newest_run(name="text.pt")
+    vae, writer = (load(folder, "cpu") for load in (sample.load_vae, prompting.load_language))
+    config = data.WorldConfig(**writer.world)
+    world = data.World(config, *digits(held_out=True), seed=args.seed)
+    figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}
+    figures["expander"] = caption_reader.measure_expander(writer, world, args.clips)
+    print(caption_reader.table(figures))
+    (folder / "language.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"wrote {folder / 'language.json'}")
 
 
 # -------------------------------------------------------------------------------------------- speed
@@ -388,7 +407,9 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, dest="command", metavar="prompts|bench|scaling")
+    commands = parser.add_subparsers(
+        required=True, dest="command", metavar="prompts|language|bench|scaling"
+    )
     command = commands.add_parser("prompts", help="do clips show what their prompts say?")
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
     command.add_argument("--ones", type=int, default=480, help="how many clips of one digit")
@@ -396,6 +417,11 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, help="sampling steps (default: as sample.py)")
     command.add_argument("--guidance", type=float, help="1: none (default: as sample.py)")
+    command.add_argument("--no-expand", action="store_true", help="take the short prompts as is")
+    command = commands.add_parser("language", help="are captions and expanded prompts true?")
+    command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
+    command.add_argument("--clips", type=int, default=1000, help="how many are captioned")
+    command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("bench", help="how fast are training and the VAE?")
     command.add_argument("--repeats", type=int, default=7, help="the median of so many is printed")
     command = commands.add_parser("scaling", help="what does more training bring? (scaling.py)")
@@ -404,12 +430,20 @@ def main() -> None:
     command.add_argument("--out", default="out/scaling", help="a folder for runs and pictures")
     command.add_argument("train", nargs="*", help="flags of train.py, behind --")
     args = parser.parse_args()
-    for name, least in {"ones": 1, "twos": 0, "seed": 0, "steps": 1, "repeats": 1}.items():
+    for name, least in {
+        "ones": 1,
+        "twos": 0,
+        "seed": 0,
+        "steps": 1,
+        "repeats": 1,
+        "clips": 1,
+    }.items():
         given = getattr(args, name, None)
         if given is not None and given < least:
             parser.error(f"--{name} {given}: at least {least}")
     try:
-        {"prompts": prompts, "bench": bench, "scaling": scaling}[args.command](args)
+        calls = {"prompts": prompts, "language": language, "bench": bench, "scaling": scaling}
+        calls[args.command](args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

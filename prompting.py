@@ -33,6 +33,7 @@ from torch import Tensor
 import diffusion
 import patches
 from dit import DiT, DiTConfig
+from language import Language, LanguageConfig, LanguageModel
 from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -46,22 +47,23 @@ MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 @dataclass
 class Run:
     """All that sampling needs: two networks and a tokenizer; the world that they were trained on
-    and the flags of the training, as plain dicts."""
+    and the flags of the training, as plain dicts; and what writes captions, if that was trained."""
 
     vae: VAE
     dit: DiT
     tokenizer: Tokenizer
     world: dict
     config: dict
+    language: Language | None = None
 
     @property
     def device(self) -> torch.device:
         return self.dit.read.weight.device
 
 
-def newest_run(root: str = "out") -> Path:
+def newest_run(root: str = "out", name: str = "dit.pt") -> Path:
     """The folder below `root` whose DiT was saved last."""
-    found = sorted(Path(root).glob("*/dit.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path(root).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"no trained run below {root}/: python train.py --preset tiny makes one"
@@ -95,12 +97,24 @@ def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
     return load_ema(Path(folder, "vae.pt"), VAE, VAEConfig, device)[0]
 
 
+def load_language(folder: str | Path, device: str | torch.device) -> Language:
+    path = Path(folder, "text.pt")
+    model, saved = load_ema(path, LanguageModel, LanguageConfig, device)
+    return Language(model, Tokenizer(saved["words"]), saved["world"])
+
+
+def expand(run: Run, prompts: list[str], size: tuple[int, int, int], seeds: list[int]) -> list[str]:
+    """Short prompts as the descriptive captions that the DiT was trained on, if it was."""
+    return run.language.expand(prompts, size, seeds) if run.language else list(prompts)
+
+
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read vae.pt and dit.pt (their EMA weights)."""
+    """Read vae.pt, dit.pt and, if there is one, text.pt (their EMA weights)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dit, saved = load_ema(Path(folder, "dit.pt"), DiT, DiTConfig, device)
     words = Tokenizer(saved["words"])
-    return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"])
+    language = load_language(folder, device) if Path(folder, "text.pt").exists() else None
+    return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"], language)
 
 
 # ------------------------------------------------------------------------------------ noise to clip

@@ -20,6 +20,10 @@ frames, rows or columns of noise, and a longer, taller or wider clip comes out (
 Given frames come out as the person's own pixels, untouched. What is longer than the longest trained
 clip is made in windows, and .mp4 and .webm are on disk as they are made. prompting.py tells how.
 
+A short prompt is first expanded into a caption such as the model was trained on, which says also
+where things start and how fast they move: one for each seed, and printed. --no-expand leaves it as
+it is. Where frames are given they show all that, and the prompt is left alone.
+
 A clip is a function of its prompt, size, seed and what was given, alone, in a batch or tomorrow.
 """
 
@@ -54,6 +58,7 @@ from prompting import (
 )
 from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
+from prompting import expand as expand
 from prompting import generate as generate
 from prompting import load_checkpoint as load_checkpoint
 from prompting import load_vae as load_vae
@@ -203,6 +208,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say = parser.add_argument
     say("--run", help="a folder that train.py wrote (default: the newest below out/)")
     say("--prompt", required=True, help='what to show; "" for anything')
+    say("--no-expand", action="store_true", help="take the prompt as it is, and add nothing")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--image", metavar="FILE", help="animate this image")
     task.add_argument("--extend", metavar="CLIP", help="go on where this clip ends")
@@ -295,9 +301,9 @@ def read_given(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
 
 def task_of(
     run: Run, args: argparse.Namespace, clips: list[np.ndarray]
-) -> tuple[tuple[int, int, int], Callable[[list[int]], Iterator[np.ndarray]]]:
-    """The size (T, H, W) of what is asked for, and what makes it: seeds -> uint8 [N, C, n, H, W]
-    ..."""
+) -> tuple[tuple[int, int, int], Callable[[list[str], list[int]], Iterator[np.ndarray]]]:
+    """The size (T, H, W) of what is asked for, and what makes it: prompts, seeds -> uint8
+    [N, C, n, H, W] ..."""
     how = Settings(args.steps, args.guidance, float(args.sampler == "ddpm"))
     kinds = ("extend", "loop", "connect")
     kind = next((k for k in kinds if getattr(args, k)), "new")
@@ -316,11 +322,8 @@ def task_of(
             f"{T} x {H} x {W}: too large to be made in memory; text and --extend stream to .mp4"
         )
 
-    def many(seeds: list[int]) -> tuple[list[str], list[list[np.ndarray]]]:
-        return [args.prompt] * len(seeds), [[clip] * len(seeds) for clip in clips]
-
-    def make(seeds: list[int]) -> Iterator[np.ndarray]:
-        prompts, given = many(seeds)
+    def make(prompts: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
+        given = [[clip] * len(seeds) for clip in clips]
         if kind == "backward":
             yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
         elif kind == "loop":
@@ -349,6 +352,12 @@ def main(args: argparse.Namespace) -> None:
     clips = read_given(run, args)
     (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
+    prompts = [args.prompt] * len(seeds)
+    if not clips and not args.no_expand:
+        prompts = expand(run, prompts, (T, H, W), seeds)
+        for seed, prompt in zip(seeds, prompts, strict=True):
+            if prompt != args.prompt:
+                print(f"seed {seed}: {prompt}")
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
@@ -360,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
             with ExitStack() as files:
                 few = names[k : k + at_once]
                 writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
-                for chunk in make(seeds[k : k + at_once]):
+                for chunk in make(prompts[k : k + at_once], seeds[k : k + at_once]):
                     here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
                     for j, clip in enumerate(chunk):
                         writers[j].write(clip)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import caption_reader
 import clips
 import cost
 import data
@@ -42,10 +43,12 @@ import muon
 import patches
 import prompting
 import reader
+import recaption
 import sample
 import text
 import train
 from dit import DiT, DiTConfig
+from language import Language, LanguageConfig, LanguageModel, greedy, nucleus, prefix_mask
 from text import Tokenizer
 from vae import VAE, VAEConfig, from_blocks, to_blocks
 
@@ -791,9 +794,42 @@ def test_descriptive_captions_agree_with_the_facts(moving):
         )
         for d in fact["digits"]:
             way = f"{d['digit']} starts at the {d['region']}, moving {d['direction']} "
-            assert way + ("fast" if d["speed"] > 1 else "slowly") in said
-        touches = sum(d["bounces"] == 0 for d in fact["digits"]) * (fact["frames"] > 1)
-        assert said.count("touches no wall") == touches
+            way += "fast" if d["speed"] > 1 else "slowly"
+            assert (f"{d['digit']} at the {d['region']}." if fact["frames"] == 1 else way) in said
+        bounces = [d["bounces"] > 0 for d in fact["digits"] if fact["frames"] > 1]
+        assert said.count("bounces") == sum(bounces)
+
+
+def test_descriptive_captions_tell_two_digits_as_one_reads(moving):
+    """Nobody sees in the pixels which digit was named first."""
+    for fact in moving.all_facts(np.arange(200), np.tile((17, 48, 32), (200, 1))):
+        said = data.descriptive_caption(fact)
+        turned = fact | {"digits": fact["digits"][::-1]}
+        assert data.descriptive_caption(turned) == said
+        places = [
+            data.REGIONS.index(d["region"]) for d in caption_reader.read_caption(said)["digits"]
+        ]
+        assert places == sorted(places)
+
+
+def test_what_people_write_and_what_is_labelled_are_functions_of_the_clip(moving):
+    index = np.arange(3000)
+    facts = moving.all_facts(index, moving.size(index))
+    short, known = moving.short_captions(index, facts), moving.labelled(index, 0.1)
+    some = np.array([2500, 3, 77])
+    assert moving.short_captions(some, [facts[k] for k in some]) == [short[k] for k in some]
+    assert np.array_equal(moving.labelled(some, 0.1), known[some]) and 0.08 < known.mean() < 0.12
+    assert (moving.labelled(index, 0.3) >= known).all() and moving.labelled(index, 1.0).all()
+    assert not moving.labelled(index, 0.0).any()
+    clean = np.array([said == data.short_caption(f) for said, f in zip(short, facts, strict=True)])
+    assert 0.45 < clean.mean() < 0.6
+    one = {said for said, fact in zip(short, facts, strict=True) if len(fact["digits"]) == 1}
+    assert {"a 7", "digit moving", "7 left", "an eight", "digit", "nine moving"} <= one
+    for said, fact in zip(short, facts, strict=True):  # what is told is true
+        told = caption_reader.read_prompt(said)
+        assert len(told) == len(fact["digits"])
+        for a, b in zip(told, fact["digits"], strict=True):
+            assert all(a[name] in (None, b[name]) for name in a)
 
 
 def test_sizes_are_those_of_the_config(moving):
@@ -839,7 +875,10 @@ def test_hashed_numbers_are_uniform_and_independent():
 # ======================================================================================== the demos
 
 
-@pytest.mark.parametrize("concept", ["data", "vae", "patches", "dit", "diffusion", "text"])
+@pytest.mark.parametrize(
+    "concept",
+    ["data", "vae", "patches", "dit", "diffusion", "text", "language", "recaption"],
+)
 def test_a_demo_runs_and_draws(concept, tmp_path):
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(HERE / f"{concept}.py")]
@@ -1088,6 +1127,204 @@ def test_a_mistake_is_one_line(words, monkeypatch, capsys):
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and said.err.startswith("evaluate.py: ") and not said.out
+
+
+# ====================================== language: language.py, recaption.py, caption_reader.py
+
+
+@pytest.fixture(scope="module")
+def speaker() -> LanguageModel:
+    torch.manual_seed(0)
+    config = LanguageConfig(3, 2, 300, stem=8, width=32, depth=2, heads=2)
+    return with_random_weights(LanguageModel(config)).requires_grad_(False)
+
+
+def clips_of_three_sizes(seed: int = 0) -> list[Tensor]:
+    g = random_state(seed)
+    return [torch.randn(3, *grid, generator=g) for grid in ((3, 4, 6), (1, 4, 4), (2, 6, 4))]
+
+
+PROMPTS = [[259, 260, 261, 262, 263], [264], [265, 266, 10]]
+
+
+def prefix_of(model: LanguageModel, kind: str, which: list[int]):
+    if kind == "see":
+        return model.see([clips_of_three_sizes()[k] for k in which])
+    return model.hear([PROMPTS[k] for k in which])
+
+
+@pytest.mark.parametrize("kind", ["see", "hear"])
+def test_cached_decoding_is_uncached(speaker, kind):
+    prefix, seen = prefix_of(speaker, kind, [0, 1, 2]), []
+
+    def pick(logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return (37 * len(seen) + torch.arange(3)) % 300  # anything; no END
+
+    texts = torch.tensor(speaker.write(prefix, pick, most=9))  # [3, 9]
+    assert texts.shape == (3, 9)
+    given = torch.cat([torch.full((3, 1), text.END), texts[:, :-1]], dim=1)
+    assert close(torch.stack(seen, dim=1), speaker.logits(prefix, given))
+
+
+@pytest.mark.parametrize("kind", ["see", "hear"])
+def test_a_text_does_not_depend_on_its_batch(speaker, kind):
+    given = torch.randint(0, 300, (3, 7), generator=random_state(1))
+    together = speaker.logits(prefix_of(speaker, kind, [0, 1, 2]), given)
+    for k in range(3):
+        alone = speaker.logits(prefix_of(speaker, kind, [k]), given[[k]])
+        assert close(together[[k]], alone) and alone.std() > 0.1
+
+
+def test_the_prefix_sees_all_of_itself_and_nothing_of_the_text(speaker):
+    n, k = 6, 4
+    x = torch.randn(1, n + k, 32, generator=random_state(2)).requires_grad_()
+    mask = prefix_mask(torch.ones(1, n, dtype=torch.bool), k)
+    out = speaker.run(x, torch.arange(n + k)[None, :, None].expand(1, -1, 3), mask)
+    for place in range(n + k):
+        (slope,) = torch.autograd.grad(out[0, place].square().sum(), x, retain_graph=True)
+        reach = (slope[0].abs().amax(-1) > 0).tolist()
+        last = max(n, place + 1)  # exactly nothing later
+        assert reach == [True] * last + [False] * (n + k - last)
+    padding = prefix_mask(torch.tensor([[True, False]]), 2)[0].int().tolist()
+    assert padding == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+
+
+def test_the_loss_is_the_probability_of_each_whole_text(speaker):
+    prefix, texts = prefix_of(speaker, "hear", [0, 1]), [[5, 6, 7], [8]]
+    total, count = speaker.loss(prefix, texts)
+    expected = 0.0
+    for k, ids in enumerate(texts):
+        logits = speaker.logits(prefix_of(speaker, "hear", [k]), torch.tensor([[text.END, *ids]]))
+        expected -= logits[0].log_softmax(-1)[range(len(ids) + 1), [*ids, text.END]].sum()
+    assert count == 6 and total.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nucleus_draws_from_the_few_that_are_probable():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, -1)
+    u = (torch.arange(4000) + 0.5) / 4000
+    for temperature, top_p, shares in (
+        (1.0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (1.0, 0.65, [0, 4 / 7, 0, 3 / 7]),
+        (0.5, 1.0, [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+    ):
+        drawn = torch.bincount(nucleus(logits, temperature, top_p, u), minlength=4) / 4000
+        assert close(drawn, torch.tensor(shares), 1e-3)
+    assert (nucleus(logits, 1.0, 0.01, u) == greedy(logits)).all()
+    assert nucleus(logits[:1], 1.0, 1.0, torch.tensor([1 - 2**-24])).item() == 0
+
+
+def test_a_captioner_that_overfits_four_clips_writes_their_captions(moving):
+    """And an expander on four prompts theirs: the same weights."""
+    torch.manual_seed(0)
+    index = np.arange(4)
+    size = np.array([[5, 32, 32], [1, 32, 32], [5, 24, 40], [5, 32, 32]])
+    videos, facts = moving.clips(index, size)
+    vae = with_random_weights(VAE(VAEConfig(channels=3, width=16)))
+    latents = [vae.encode(prompting.to_float(video[None]))[0].detach() for video in videos]
+    captions = list(map(data.descriptive_caption, facts))
+    prompts = ["a 7", "digit moving", "nine left and 3", "up"]
+    words = Tokenizer.from_captions(captions, 400)
+    model = LanguageModel(LanguageConfig(3, 2, words.size, stem=16, width=64, depth=2, heads=2))
+    texts, told = ([words.encode(x) for x in group] for group in (captions, prompts))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        total, count = model(latents, texts, told, texts[::-1])
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    assert Language(model, words, {}).caption(latents) == captions
+    written = model.write(model.hear(told), greedy)
+    assert [words.decode(ids) for ids in written] == captions[::-1]
+
+
+def test_captions_are_read_back_as_the_facts_they_were_made_of(moving):
+    index = np.arange(300)
+    sizes = np.tile([[17, 32, 48], [9, 32, 32], [1, 24, 40]], (100, 1))
+    for fact, size in zip(moving.all_facts(index, sizes), sizes.tolist(), strict=True):
+        said = caption_reader.read_caption(data.descriptive_caption(fact))
+        assert said["frames"] == fact["frames"] and len(said["digits"]) == len(fact["digits"])
+        for d in fact["digits"]:
+            still = fact["frames"] == 1
+            want = {
+                "digit": d["digit"],
+                "region": d["region"],
+                "direction": None if still else d["direction"],
+                "speed": None if still else "fast" if d["speed"] > 1 else "slowly",
+                "bounces": None if still else d["bounces"],
+            }
+            assert want in said["digits"]
+        assert caption_reader.is_possible(said, tuple(size), moving.config)
+        assert caption_reader.is_kept(caption_reader.read_prompt(data.short_caption(fact)), said)
+        assert min(caption_reader.score(said, said).values()) == 1
+    for said in ("", "a 7.", "a 7 moving left", "17 frames.", "a 7 starts at the top. 9 frames. x"):
+        assert caption_reader.read_caption(said) is None
+
+
+@pytest.mark.parametrize("said", [
+    "a 7 starts at the right, moving right slowly. 9 frames.",  # the wall is too near
+    "a 7 starts at the right, moving left slowly, bounces off the left wall and returns right. "
+    "9 frames.",  # too slow to get there
+    "a 7 starts at the right, moving left fast. 17 frames.",  # a clip of 9 was asked for
+    "a 7 starts at the nowhere, moving left slowly. 9 frames.",
+    "a 7 starts at the right, moving up fast. 9 frames.",  # it would reach the wall
+])  # fmt: skip
+def test_what_cannot_be_is_not_possible(moving, said):
+    caption = caption_reader.read_caption(said)
+    assert not caption_reader.is_possible(caption, (9, 32, 32), moving.config)
+
+
+def test_wrong_captions_lose_what_is_wrong_and_no_more():
+    right = "a 7 starts at the top, moving left slowly. a 3 starts at the right, moving up fast. "
+    want = caption_reader.read_caption(right + "9 frames.")
+
+    def scores(said: str) -> dict[str, float]:
+        got = caption_reader.score(caption_reader.read_caption(said), want)
+        return {name: value for name, value in got.items() if value < 1}
+
+    assert scores(right + "9 frames.") == {} and scores(right + "17 frames.") == {"length": 0}
+    assert scores(right.replace("a 3", "a 5") + "9 frames.") == {"digit": 0.5}
+    assert scores(right.replace("left", "down").replace("up", "down") + "9 frames.") == {
+        "direction": 0
+    }
+    one = scores("a 3 starts at the right, moving up fast. 9 frames.")
+    assert one == dict.fromkeys(caption_reader.FACTS, 0.5) | {"number": 0}
+    assert not any(caption_reader.score(None, want).values())
+    asked = caption_reader.read_prompt("3 up and seven")
+    assert caption_reader.is_kept(asked, want)
+    for other in ("7 up and 3 left", "a 3", "a 3 and a 7 and a 7", "a 3 and a 4"):
+        assert not caption_reader.is_kept(caption_reader.read_prompt(other), want)
+
+
+def test_short_prompts_are_expanded_and_others_left_alone(speaker):
+    words = Tokenizer([f" w{k}" for k in range(300 - text.SPECIALS)])
+    world = {"durations": (9, 17), "shapes": ((32, 32), (24, 40)), "image_shapes": ((16, 16),)}
+    language = Language(speaker, words, world)
+    prompts = ["a 7", "", "a 7. 9 frames.", "a 7."]
+    told = language.expand(prompts, (17, 32, 32), [3, 4, 5, 6])
+    assert told[1:3] == prompts[1:3] and told[0] != "a 7" and told[3] != "a 7."
+    assert language.expand(["a 7"], (17, 32, 32), [3]) == told[:1]  # alone: the same
+    assert language.expand(["a 7"], (17, 32, 32), [6]) == told[3:]
+    near = {(600, 33, 40): (17, 32, 32), (2, 20, 44): (9, 24, 40), (1, 8, 20): (1, 16, 16)}
+    assert {size: language.nearest_size(*size) for size in near} == near
+
+
+def test_the_captioner_sees_what_has_no_caption_and_labelled_clips_only_teach(moving):
+    index = recaption.labelled_clips(moving, 3, 20, 0.1)
+    assert len(index) == 20 and moving.labelled(index, 0.1).all()
+    assert not set(index) & set(recaption.labelled_clips(moving, 4, 20, 0.1))
+    index = np.arange(400)
+    facts = moving.all_facts(index, moving.size(index))
+    u = (torch.arange(400) + 0.5) / 400
+    said = recaption.captions_to_learn(moving, index, facts, 0.1, 0.3, u)
+    short = moving.short_captions(index, facts)
+    assert said[:120] == short[:120]
+    for k, label in enumerate(moving.labelled(index, 0.1)[120:], 120):
+        assert said[k] == (data.descriptive_caption(facts[k]) if label else None)
+    asked = []
+    spy = SimpleNamespace(caption=lambda latents: asked.extend(latents) or ["x", "y"])
+    assert recaption.fill_in(spy, ["a", None, "b", None], [0, 1, 2, 3]) == ["a", "x", "b", "y"]
+    assert asked == [1, 3] and recaption.fill_in(None, ["a"], [0]) == ["a"]
 
 
 # ================================================== prompting: prompting.py, sample.py and clips.py
@@ -1429,7 +1666,8 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
 
 SMALL = (
     "--width 32 --depth 2 --heads 2 --rows 2 --tokens 160 --steps 6 --vae-steps 4 --vae-width 16 "
-    "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3"
+    "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3 --text-steps 4 --text-batch 2 "
+    "--text-width 32 --text-depth 1 --text-heads 2"
 ).split()
 
 
@@ -1452,29 +1690,40 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     assert "gallery.gif" in command("train.py", "--preset", "tiny", *SMALL)
     out = tmp_path / "out" / "tiny"
     assert {x.name for x in out.iterdir()} == {
-        "config.json", "vae.pt", "dit.pt", "log.jsonl", "loss.png", "samples", "gallery.gif"
+        "config.json", "vae.pt", "text.pt", "dit.pt", "log.jsonl", "loss.png", "samples",
+        "gallery.gif",
     }  # fmt: skip
     with Image.open(out / "gallery.gif") as gallery:
         assert gallery.n_frames == 17
     size = "--frames 9 --height 24 --width 40 --steps 2".split()
-    command("sample.py", "--prompt", "a 7 moving left", *size, "--out", "seven.npy")
+    said = command("sample.py", "--prompt", "a 7 moving left", *size, "--out", "seven.npy")
+    expand = "--expand", "a 7 moving left", "--frames", "9"
+    assert len(command("text.py", *expand)) > 1 and command("text.py", *expand, "--seed", "1")
+    assert command("text.py", "--caption", "seven.npy").endswith("\n")
+    assert "possible" in command("evaluate.py", "language", "--clips", "20")
     made = np.load(tmp_path / "seven.npy")
     assert made.shape[:3] == (9, 24, 40) and made.std() > 0
     run = sample.load_run(out, "cpu")
-    again = sample.generate(run, ["a 7 moving left"], (9, 24, 40), [0], steps=2)[0]
+    (told,) = sample.expand(run, ["a 7 moving left"], (9, 24, 40), [0])
+    assert said.startswith(f"seed 0: {told}\nwrote")
+    again = sample.generate(run, [told], (9, 24, 40), [0], steps=2)[0]
     assert np.array_equal(made.mean(-1), again.mean(0))  # command and function agree
+    short = "--no-expand", "--prompt", "a 7 moving left", *size, "--out", "short.npy"
+    assert command("sample.py", *short).startswith("wrote")
+    again = sample.generate(run, ["a 7 moving left"], (9, 24, 40), [0], steps=2)[0]
+    assert np.array_equal(np.load(tmp_path / "short.npy").mean(-1), again.mean(0))
 
 
-def weights(out: Path, stages: tuple[str, ...] = ("vae", "dit")) -> dict[str, Tensor]:
+def weights(out: Path, stages: tuple[str, ...] = ("vae", "text", "dit")) -> dict[str, Tensor]:
     states = {}
-    for name in stages:
+    for name in (name for name in stages if (out / f"{name}.pt").exists()):
         saved = torch.load(out / f"{name}.pt", weights_only=True)
         for kind in ("weights", "ema"):
             states |= {f"{name}.{kind}.{k}": v for k, v in saved[kind].items()}
     return states
 
 
-@pytest.mark.parametrize("stage, step", [("vae", 2), ("dit", 2), ("dit", 4)])
+@pytest.mark.parametrize("stage, step", [("vae", 2), ("text", 2), ("dit", 2), ("dit", 4)])
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stage, step):
     """Stopped by a signal inside a step, once in each stage, before and after a checkpoint."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -1742,6 +1991,9 @@ def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch)
         ("--digit 40 --out x", "a digit of 40 pixels does not fit"),
         ("--shapes 32,32 --out x", "--shapes"),
         ("--width 100 --heads 3 --out x", "--width"),
+        ("--text-width 100 --out x", "--text-width"),
+        ("--labelled 0 --out x", "--labelled 0.0: more than 0"),
+        ("--captions none --out x", "--captions none: recaptioned or short"),
         ("--mnist nowhere --out x", "--mnist takes the IDX files"),
         ("--rows 2 --accumulate 4 --out x", "--rows 2 cannot be dealt out"),
         ("--shard --out x", "start them with torchrun"),

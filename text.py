@@ -20,10 +20,14 @@ for captions of a few hundred different words, and wasteful for free prose.
 NOTHING stands for "no caption": what the model is given when it may draw anything, and what
 classifier-free guidance compares with. END ends a text that is being written.
 
-Run `python text.py` for a picture of captions cut into tokens.
+Run `python text.py` for a picture of captions cut into tokens; and, with a trained run,
+
+    python text.py --caption clip.gif               # say what a clip shows
+    python text.py --expand "a 7 moving left"       # say more
 """
 
 import re
+import sys
 from collections import Counter
 
 from PIL import Image, ImageDraw
@@ -83,6 +87,60 @@ class Tokenizer:
         return bytes([i]) if i < NOTHING else spell(self.words[i - SPECIALS])
 
 
+# --------------------------------------------------------------------------------- command line
+
+
+def command(argv: list[str]) -> None:
+    """What the language model writes (language.py). It knows this file, and this function alone
+    knows it: so it is imported here."""
+    import prompting
+    import sample
+
+    parser = sample.Parser(prog="text.py", description="Captions of clips and of short prompts.")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--caption", metavar="CLIP", help="caption this clip or image")
+    task.add_argument("--expand", metavar="PROMPT", help="make a descriptive caption of this")
+    parser.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
+    parser.add_argument("--frames", type=int, help="with --expand: of the clip (default: longest)")
+    parser.add_argument("--seed", type=int, default=0, help="with --expand: what chance adds")
+    args = parser.parse_args(argv)
+    try:
+        if args.seed < 0 or (args.frames or 1) < 1:
+            raise ValueError("--seed is 0 or more, --frames 1 or more")
+        folder = args.run or prompting.newest_run(name="text.pt")
+        language = prompting.load_language(folder, "cpu")
+        world = language.world
+        if args.caption:
+            vae = prompting.load_vae(folder, "cpu")
+            clip, done = read_for_captioner(args.caption, vae.config, language)
+            print(done, file=sys.stderr)
+            latent = vae.encode(prompting.to_float(clip[None]))  # [1, Z, t, h, w]
+            print(language.caption(list(latent))[0])
+        else:
+            if (count := len(language.tokenizer.encode(args.expand))) > sample.MOST_WORDS:
+                raise ValueError(f"the prompt is {count} tokens long: at most {sample.MOST_WORDS}")
+            size = (args.frames or max(world["durations"]), *world["shapes"][0])
+            print(language.expand([args.expand], size, [args.seed])[0])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def read_for_captioner(path: str, vae, language):
+    """A clip [C, T, H, W] of the captioner's world, and what was done to the file: its first
+    frames, if it is longer than those trained on, and smaller, if it is larger."""
+    from clips import read_clip
+
+    sides = vae.space_factor * language.model.config.patch
+    most = max(language.world["durations"])
+    clip, done = read_clip(path, vae.colors, sides, most_frames=most)
+    if max(clip.shape[2:]) > max(map(max, language.world["shapes"])):
+        ratio = clip.shape[2] / clip.shape[3]
+        ways = {max(h / w / ratio, ratio * w / h): (h, w) for h, w in language.world["shapes"]}
+        clip, done = read_clip(path, vae.colors, sides, ways[min(ways)], most_frames=most)
+    whole = 1 + (clip.shape[1] - 1) // vae.time_factor * vae.time_factor  # frames that fill latents
+    return clip[:, :whole], f"{done}, of which the first {whole} are looked at"
+
+
 # --------------------------------------------------------------------------------------------- demo
 
 
@@ -113,4 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(sys.argv[1:]) if sys.argv[1:] else main()

@@ -1,20 +1,23 @@
-"""Train everything: the VAE, then the diffusion transformer, from a CPU toy to many GPUs.
+"""Train everything: VAE, language model, diffusion transformer; from a CPU toy to many GPUs.
 
     python train.py --preset tiny                          # moving MNIST on a laptop CPU
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
+    python train.py --preset tiny --data FOLDER            # your own videos and images
 
 A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8).
 Progress is one integer, the step: data, noise and learning rate are functions of (seed, step). So
 the same command continues a run that was stopped, bit for bit as if it had not been, on however
 many processes, and there is no random state to save.
 
-In reading order: the configuration; what one step of each stage learns from, `loss(step)`; what is
-shown; the command line. The loop that trains either is loop.py. A run's folder, out/<preset>, then
-holds
+In reading order: the configuration; the loss of each stage; what is shown; the command line. The
+loop that trains them is loop.py; what the transformer learns from in a step, batches.py. A run's
+folder, out/<preset>, then holds
 
-    vae.pt  dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
-    log.jsonl         a line of figures every few steps; loss.png is its picture
-    samples/          clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
+    vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
+    text.pt          the same of the language model, if it was trained
+    latents/         own clips as `--stage encode` made them, if it did (latents.py)
+    log.jsonl        a line of figures every few steps; loss.png is its picture
+    samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
 """
 
 import argparse
@@ -22,6 +25,8 @@ import json
 import os
 import signal
 import sys
+import zlib
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,15 +39,22 @@ from torch import Tensor, nn
 import cost
 import data
 import diffusion
+import latents
 import patches
+import recaption
 import sample
+from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips, own_rows
 from dit import DiT, DiTConfig
-from loop import STOP, Stage, bare, deal, fit, rank, ranks, read_log, seeded
-from text import NOTHING, Tokenizer
+from folder import Folder, FolderConfig
+from language import LanguageConfig, LanguageModel
+from loop import STOP, Stage, bare, fit, rank, ranks, read_log, seeded
+from prompting import load_language
+from text import Tokenizer
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
 AHEAD = 8  # steps whose batches are made at once
+Clips = data.World | Folder  # an endless, numbered sequence of them
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -52,10 +64,16 @@ class Config:
     """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
-    stage: str = "all"  # vae, dit or all
+    stage: str = "all"  # vae, text, dit; all that are needed; or encode (own clips, before dit)
     out: str = ""  # the run's folder; out/<preset> if left out
     mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
+    # own clips (folder.py)
+    data: str = ""  # a folder of videos and images to learn from, instead of the world below
+    fps: int = 10  # frames a second, in training and of what is sampled
+    pixels: int = 1024  # of a frame, about: larger ones are scaled down, and keep their shape
+    workers: int = 2  # processes that decode
+    encodings: int = 1  # times that each clip is encoded: with other given frames each time
     # the world (data.py)
     digit: int = 14  # pixels; a digit's box
     durations: tuple[int, ...] = (9, 17)  # frames of videos
@@ -74,6 +92,16 @@ class Config:
     vae_steps: int = 1000
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
+    # captions, and the language model that writes them (recaption.py, language.py)
+    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
+    labelled: float = 0.1  # share of the clips that have a descriptive caption
+    short: float = 0.3  # share of the clips that keep their short caption where recaptioned
+    text_width: int = 128
+    text_depth: int = 3
+    text_heads: int = 4
+    text_steps: int = 1000
+    text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
+    text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
     width: int = 128
@@ -107,7 +135,7 @@ class Config:
     mfu: float = 0.4  # the share of the GPU's peak that is reached
     clips: int = 0  # how many to see; as many as in `steps` if left out
 
-    def world(self) -> data.WorldConfig:
+    def world(self) -> "data.WorldConfig":  # quoted: here `data` is the field above
         shapes, more = (
             tuple(tuple(int(side) for side in shape.split("x")) for shape in group)
             for group in (self.shapes, self.image_shapes)
@@ -124,195 +152,48 @@ def to_float(clips: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(clips)).float() / 127.5 - 1
 
 
-def vae_loss(
-    model: nn.Module, world: data.World, c: Config, part: int, step: int
-) -> tuple[Tensor, dict]:
+def vae_loss(model: nn.Module, world: Clips, c: Config, part: int, step: int) -> tuple[Tensor, dict]:
     """A batch of clips of one size, another one each step, in all as many pixels as there fit.
     Of them this part: as its share of the mean over all."""
-    every = 8  # videos have images in them: their first frames are images to a causal VAE
-    T, H, W = world.size([step], images=float(step % every == 0))[0].tolist()
-    largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
-    count = min(max(1, c.vae_batch * largest // (T * H * W)), 4 * c.vae_batch)
-    mine = np.arange(rank() * c.accumulate + part, count, ranks() * c.accumulate)
-    video = to_float(world.clips(step * 4 * c.vae_batch + mine, (T, H, W))[0])  # [B, C, T, H, W]
-    grid = bare(model).grid(T, H, W)
-    noise = torch.randn(count, c.channels, *grid, generator=seeded(c.seed, 1, step))[mine]
+    part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
+    clips, share = world.batch(step, part, parts, c.vae_batch)
+    video = to_float(clips)  # [B, C, T, H, W]
+    grid = bare(model).grid(*video.shape[2:])
+    whole = 4 * c.vae_batch  # each clip's noise is its own, whoever has it
+    noise = torch.randn(whole, c.channels, *grid, generator=seeded(c.seed, 1, step))[part::parts]
     device = bare(model).mean.device
-    loss, logs = model(video.to(device), noise.to(device))
-    return loss * (len(mine) / count), logs
+    loss, logs = model(video.to(device), noise[: len(video)].to(device))
+    return loss * share, logs
 
 
-# --------------------------------------------------------------------------------- stage 2: the DiT
+# ---------------------------------------------------------------------- stage 2: the language model
 
 
-def draw_known(T: int, u: np.ndarray) -> np.ndarray:
-    """Which frames of a clip are given: [T] bool. u [3 + T] is uniform in [0, 1)."""
-    known, kind = np.zeros(T, bool), u[0]
-    some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
-    if kind < 0.3:  # animate an image
-        known[0] = True
-    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
-        known[: 1 + some[0]] = True
-    if 0.5 <= kind < 0.9:  # extend backward
-        known[T - 1 - some[1] :] = True
-    if kind >= 0.9:  # any frames
-        known = u[3:] < u[1]
-    return known & (not known.all())
+def text_loss(
+    model: nn.Module, source: Source, c: Config, part: int, step: int
+) -> tuple[Tensor, dict]:
+    """Labelled clips of one size, another one each step, and prompts of others, of any sizes. Of
+    them this part: the sum over its tokens, divided by how many there are in all parts."""
+    world, tokenizer = source.world, source.tokenizer
+    images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
+    size = world.size([step], images=float(images))[0]
+    largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
+    count = min(max(1, c.text_batch * largest // int(size.prod())), 4 * c.text_batch)
+    index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)[:count]
+    facts = world.all_facts(index, np.tile(size, (count, 1)))
+    captions = [tokenizer.encode(data.descriptive_caption(fact)) for fact in facts]
+    told, answers = recaption.expander_pairs(
+        world, tokenizer, step, 2 * c.text_batch, c.labelled
+    )
+    tokens = sum(len(text) + 1 for text in captions + answers)  # and the END of each
+    mine = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
+    video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
+    seen = list(source.vae.encode(video))  # [Z, t, h, w] each
+    total, _ = model(seen, captions[mine], told[mine], answers[mine])
+    return total / tokens, {"clips": count}
 
 
-@dataclass
-class Clip:
-    """What is decided of a clip before any pixel of it is made. It costs nothing, and depends on
-    (seed, index, step) alone: every process decides on the whole batch, then makes its own part."""
-
-    index: int
-    size: tuple[int, int, int]  # (T, H, W)
-    text: list[int]
-    patches: int  # in each of its t latent frames
-    known: np.ndarray  # [T] bool: frames that are given
-    past: int  # latent frames that are given as a window's past, a little noisy; mostly none
-    level: np.ndarray  # [t] float: of each latent frame; NaN until the batch says
-    free: np.ndarray  # [t] bool: whether it is to be learned
-
-    @property
-    def tokens(self) -> int:
-        return len(self.text) + self.patches * len(self.free)
-
-    @property
-    def alike(self) -> tuple:  # clips of which this is the same are encoded together
-        return self.size, self.past > 0
-
-
-def draw_clip(vae: VAE, c: Config, index: int, size: list[int], text: list[int]) -> Clip:
-    """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given; or just a clip."""
-    random = np.random.default_rng([c.seed, 3, index])
-    kind, T, (t, h, w) = random.random(), size[0], vae.grid(*size)
-    known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
-    if T > 1 and kind < c.later:  # all of an image would be given
-        past = int(random.integers(1, t))
-        level[:past] = 0.2 * random.random()
-    elif T > 1 and kind < c.later + c.given:
-        known = draw_known(T, random.random(3 + T))
-        frames = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
-        level[frames.reshape(t, -1).all(1)] = 0
-    count = patches.token_count((1, h, w), c.patch)
-    return Clip(index, tuple(size), text, count, known, past, level, np.isnan(level))
-
-
-def draw_clips(
-    vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, step: int
-) -> tuple[list[Clip], list[list[int]]]:
-    """The batch of a step, on all processes: the longest run of numbered clips that fits into it,
-    and which of them are in which row."""
-    most = c.rows * c.tokens // 10
-    index = step * most + np.arange(most)
-    size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
-    kinds, kind = np.unique(size, axis=0, return_inverse=True)
-    count = np.array([patches.token_count(vae.grid(*one), c.patch) for one in kinds.tolist()])
-    count = count[kind.reshape(-1)]  # [most] patches
-    few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))  # no more can fit
-    captions = [data.short_caption(facts) for facts in world.all_facts(index[:few], size[:few])]
-    dropped = torch.rand(few, generator=seeded(c.seed, 2, step)) < c.dropout
-    texts = [
-        [NOTHING] if drop else tokenizer.encode(caption)
-        for caption, drop in zip(captions, dropped, strict=True)
-    ]
-    lengths = [len(text) + n for text, n in zip(texts, count[:few].tolist(), strict=True)]
-    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
-    n = sum(map(len, plan))
-    drawn = zip(index[:n].tolist(), size[:n].tolist(), texts[:n], strict=True)
-    clips = [draw_clip(vae, c, *of) for of in drawn]
-    levels = diffusion.training_levels(len(clips), seeded(c.seed, 4, step))
-    levels = diffusion.shift_level(levels, c.shift).tolist()
-    for clip, level in zip(clips, levels, strict=True):
-        clip.level[clip.free] = level
-    return clips, plan
-
-
-@torch.no_grad()
-def encode_alike(
-    vae: VAE, world: data.World, c: Config, clips: list[Clip], ahead: int
-) -> list[Tensor]:
-    """Clips of one size, all of them windows or none: of each the clean latent and what the network
-    is shown of given frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
-    (T, H, W), windows = clips[0].alike
-    ft, index = c.time_factor, [clip.index for clip in clips]
-    size = (T + ft * ahead, H, W) if windows else (T, H, W)
-    video = to_float(world.clips(index, size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
-    latent = vae.encode(video)  # [b, Z, t, h, w]
-    if windows:
-        latent, given = latent[:, :, ahead:], []
-        for clip, one in zip(clips, latent.split(1), strict=True):
-            eps = torch.randn(one.shape, generator=seeded(c.seed, 6, clip.index)).to(one)
-            given.append(sample.noisy_context(one, clip.past, clip.level[0], eps, ft))
-        return list(torch.cat([latent, torch.cat(given)], dim=1))
-    given = latent.new_zeros(len(clips), c.channels + ft, *latent.shape[2:])
-    if some := [k for k, clip in enumerate(clips) if clip.known.any()]:
-        known = torch.from_numpy(np.stack([clips[k].known for k in some])).to(video.device)
-        given[some], held = sample.encode_given(vae, video[some], known)
-        held = held[:, None, :, None, None]  # [some, 1, t, 1, 1]
-        latent[some] = torch.where(held, given[some, : c.channels], latent[some])
-    return list(torch.cat([latent, given], dim=1))
-
-
-@dataclass
-class Part:
-    """What one process learns from at once: some rows of the batch of a step."""
-
-    packed: patches.Packed  # tokens [B, L, p p (Z + Z + ft)]
-    levels: Tensor  # [F] the level of each frame
-    free: Tensor  # [F] bool: whether it is to be learned
-    rows: list[int]  # which of the step's rows these are, as many as hold anything
-    patches: int  # how many patches are to be learned in the step, on all processes
-
-
-def dit_parts(
-    vae: VAE, tokenizer: Tokenizer, world: data.World, c: Config, first: int, count: int
-) -> list[list[Part]]:
-    """This process's parts of `count` steps from `first` on.
-
-    Many steps at once, since encoding many clips of one size at once is several times faster.
-    """
-    parts, drawn, alike = ranks() * c.accumulate, [], {}
-    for step in range(first, first + count):
-        clips, plan = draw_clips(vae, tokenizer, world, c, step)
-        if len(plan) < parts:
-            raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {parts} parts")
-        # What a row costs: the linear maps (6 d n) and attention (n^2) of each clip, see cost.py.
-        tokens = [[clips[k].tokens for k in row] for row in plan]
-        dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in tokens], parts)
-        own = dealt[rank() * c.accumulate : (rank() + 1) * c.accumulate]
-        drawn.append((clips, plan, own))
-        for clip in (clips[k] for rows in own for row in rows for k in plan[row]):
-            alike.setdefault(clip.alike, []).append(clip)
-    ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, 7))  # latent frames
-    latents = {}  # by a clip's number
-    for some in alike.values():
-        made = encode_alike(vae, world, c, some, ahead)
-        latents |= zip((clip.index for clip in some), made, strict=True)
-    most = -(-c.rows // parts)  # rows of a part: always the same number, some may be empty
-    return [
-        [make_part(c, clips, plan, rows, latents, most) for rows in own]
-        for clips, plan, own in drawn
-    ]
-
-
-def make_part(
-    c: Config, clips: list[Clip], plan: list[list[int]], rows: list[int], latents: dict, most: int
-) -> Part:
-    """Some rows of a batch, packed."""
-    here = [k for row in rows for k in plan[row]]  # clips of the batch -> of this part
-    place = {k: j for j, k in enumerate(here)}
-    layout = [[place[k] for k in plan[row]] for row in rows] + [[]] * (most - len(rows))
-    mine = [clips[k] for k in here]
-    texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
-    latents = [latents[clip.index] for clip in mine]
-    packed = patches.pack(latents, texts, c.patch, c.tokens, layout, starts)
-    level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
-    free = patches.frame_levels(packed, [torch.from_numpy(clip.free).float() for clip in mine])
-    learned = sum(int(clip.free.sum()) * clip.patches for clip in clips)
-    return Part(packed, level, free > 0, rows, learned)
+# --------------------------------------------------------------------------------- stage 3: the DiT
 
 
 def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor, dict]:
@@ -378,22 +259,42 @@ GALLERY = [  # prompts of the last page of training; the sizes take turns
 ]  # fmt: skip
 
 
-def preview(run: sample.Run, world: data.WorldConfig, path: Path, steps: int = 12) -> None:
-    """Eight clips of fixed prompts and seeds, to watch them get better."""
-    T, (H, W) = max(world.durations), world.shapes[0]
-    prompts = GALLERY[::2] + GALLERY[-1:]
-    clips = sample.generate(run, prompts, (T, H, W), seeds=list(range(len(prompts))), steps=steps)
-    sample.write_gallery(path, sample.gallery(clips, prompts))
-
-
-def gallery(run: sample.Run, world: data.WorldConfig, path: Path) -> None:
-    """Every prompt of `GALLERY`, each in another size and duration."""
-    clips = []
+def shown(world: Clips) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Prompts, and a size (T, H, W) for each. Of own clips, captions and sizes of eight."""
+    if isinstance(world, Folder):
+        index = np.arange(8)
+        return world.captions(index), list(map(tuple, world.size(index, images=0.0).tolist()))
+    sizes, durations, shapes = [], world.config.durations[::-1], world.config.shapes
     for k, prompt in enumerate(GALLERY):
-        T, shape = world.durations[::-1][k % len(world.durations)], world.shapes
-        H, W = shape[k % len(shape)] if " and " not in prompt else shape[-1 - k % 2]
-        clips += sample.generate(run, [prompt], (T, H, W), seeds=[k])
-    sample.write_gallery(path, sample.gallery(clips, GALLERY))
+        shape = shapes[k % len(shapes)] if " and " not in prompt else shapes[-1 - k % 2]
+        sizes.append((durations[k % len(durations)], *shape))
+    return GALLERY, sizes
+
+
+def write_page(run: sample.Run, path: Path, clips: list[np.ndarray], prompts: list[str]) -> None:
+    """All clips beside each other; small ones are enlarged, long prompts cut short."""
+    scale = min(4, max(1, 192 // max(max(clip.shape[2:]) for clip in clips)))
+    prompts = [prompt if len(prompt) <= 60 else prompt[:57] + "..." for prompt in prompts]
+    fps = run.config["fps"] if run.config["data"] else 6  # slow enough to see what digits do
+    sample.write_gallery(path, sample.gallery(clips, prompts, scale=scale), fps)
+
+
+def preview(run: sample.Run, world: Clips, path: Path, steps: int = 12) -> None:
+    """A few clips of fixed prompts and seeds, to watch them get better."""
+    T, (H, W) = max(world.config.durations), world.config.shapes[0]
+    prompts = shown(world)[0][::2] + shown(world)[0][-1:]
+    seeds = list(range(len(prompts)))
+    told = sample.expand(run, prompts, (T, H, W), seeds)
+    clips = sample.generate(run, told, (T, H, W), seeds, steps=steps)
+    write_page(run, path, clips, prompts)
+
+
+def gallery(run: sample.Run, world: Clips, path: Path) -> None:
+    """Every prompt of `shown`, each in another size and duration."""
+    prompts, sizes = shown(world)
+    told = [sample.expand(run, [prompts[k]], sizes[k], [k]) for k in range(len(sizes))]
+    clips = [sample.generate(run, told[k], sizes[k], seeds=[k])[0] for k in range(len(sizes))]
+    write_page(run, path, clips, prompts)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -435,6 +336,7 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
     scale = 1 if preset == "tiny" else 2 if preset == "small" else 4
     defaults = asdict(Config()) | dict(zip(COLUMNS.split(), PRESETS[preset], strict=False))
+    defaults["pixels"] *= scale**2
     for name in ("shapes", "image_shapes"):  # bigger digits in a bigger world
         sides = [[int(x) * scale for x in shape.split("x")] for shape in defaults[name]]
         defaults[name] = tuple(f"{h}x{w}" for h, w in sides)
@@ -470,10 +372,15 @@ def main(c: Config) -> None:
         part.write_text(json.dumps(asdict(c), indent=2) + "\n")
         os.replace(part, out / "config.json")
     facts = {"world": asdict(world.config), "config": asdict(c)}
-    if c.stage in ("vae", "all"):
-        train_vae(c, world, facts, out, device)
-    if c.stage in ("dit", "all"):
-        train_dit(c, world, facts, out, device)
+    with closing(world):
+        if c.stage in ("vae", "all"):
+            train_vae(c, world, facts, out, device)
+        if c.stage == "text" or (c.stage, c.captions) == ("all", "recaptioned"):
+            train_text(c, world, facts, out, device)
+        if c.stage == "encode":
+            encode(c, world, out, device)
+        if c.stage in ("dit", "all"):
+            train_dit(c, world, facts, out, device)
     if rank() == 0:
         draw_loss(out)
     if dist.is_initialized():
@@ -483,29 +390,56 @@ def main(c: Config) -> None:
 def dry_run(c: Config, steps: int = 4) -> str:
     """What the DiT's training would cost, from the clips of some steps at its end."""
     world = make_world(c)
-    tokenizer = make_tokenizer(world)
+    tokenizer = make_tokenizer(world, c)
     with torch.device("meta"):  # shapes without numbers
         networks = {"vae": make_vae(c), "dit": make_dit(c, tokenizer.size)}
-    first = max(0, c.steps - steps)
-    drawn = [draw_clips(networks["vae"], tokenizer, world, c, k)[0] for k in range(first, c.steps)]
+    first, source = max(0, c.steps - steps), Source(networks["vae"], tokenizer, world)
+    drawn = [clips for clips, _ in draw_steps(source, c, first, c.steps - first)]
     lengths = [[clip.tokens for clip in clips] for clips in drawn]
     frames = [sum(1 + len(clip.free) for clip in clips) for clips in drawn]
     return cost.report(networks, lengths, frames, c)
 
 
-def make_world(c: Config) -> data.World:
+def make_world(c: Config) -> Clips:
+    if c.data:
+        return open_folder(c)
     sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
     return data.World(c.world(), *data.split(*sheet, held_out=False), c.seed)
 
 
-def make_tokenizer(world: data.World) -> Tokenizer:
-    known = world.all_facts(np.arange(5000), world.size(np.arange(5000)))
-    return Tokenizer.from_captions([data.short_caption(facts) for facts in known], 512)
+def open_folder(c: Config) -> Folder:
+    """The first process looks at new files; the others wait, and then find them in the index."""
+    config = FolderConfig(
+        c.fps, max(c.durations), c.time_factor, c.pixels, c.space_factor * c.patch, c.images
+    )
+    if rank():
+        dist.barrier()
+    world = Folder(c.data, config, c.seed, c.workers)
+    if rank() == 0 and ranks() > 1:
+        dist.barrier()
+    if rank() == 0:
+        print(world.summary(), flush=True)
+    vae = make_vae(c)
+    for size in np.unique(world.sizes, axis=0).tolist():
+        if (count := patches.token_count(vae.grid(*size), c.patch)) >= c.tokens:
+            raise ValueError(
+                f"a clip of {'{} x {} x {}'.format(*size)} has {count} tokens, and --tokens is "
+                f"{c.tokens}: raise that, or lower --pixels or --durations"
+            )
+    return world
+
+
+def make_tokenizer(world: Clips, c: Config) -> Tokenizer:
+    if c.captions != "prompts":
+        return recaption.make_tokenizer(world, c.labelled)
+    index = np.arange(5000)
+    return Tokenizer.from_captions(world.captions(index, world.size(index)), 4096)
 
 
 def make_vae(c: Config) -> VAE:
     kinds = ("channels", "time_factor", "space_factor", "encoder_depth", "decoder_depth", "kl")
-    return VAE(VAEConfig(width=c.vae_width, **{kind: getattr(c, kind) for kind in kinds}))
+    colors = 3 if c.data else 1
+    return VAE(VAEConfig(colors, width=c.vae_width, **{kind: getattr(c, kind) for kind in kinds}))
 
 
 def make_dit(c: Config, vocabulary: int) -> DiT:
@@ -515,13 +449,22 @@ def make_dit(c: Config, vocabulary: int) -> DiT:
 
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
-    if c.stage not in ("all", "vae", "dit"):
-        raise ValueError(f"--stage {c.stage}: vae, dit or all")
+    if c.stage not in ("all", "vae", "text", "dit", "encode"):
+        raise ValueError(f"--stage {c.stage}: vae, text, dit, all or encode")
+    if c.stage == "encode" and not c.data:
+        raise ValueError("--stage encode is for --data: moving digits are made faster than read")
+    if c.captions not in ("prompts", "noisy", "recaptioned"):
+        raise ValueError(f"--captions {c.captions}: prompts, noisy or recaptioned")
+    if c.data and (c.stage == "text" or c.captions != "prompts"):
+        raise ValueError("--data comes with its own captions: --captions prompts, no --stage text")
+    if not 0 < c.labelled <= 1:
+        raise ValueError(f"--labelled {c.labelled}: a share, more than 0 and at most 1")
     if c.prediction not in diffusion.PREDICTIONS:
         raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus"
+    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus fps "
+    least += "pixels encodings text_steps text_batch"
     for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
@@ -540,6 +483,9 @@ def check(c: Config) -> None:
     if c.shard and "RANK" not in os.environ and not c.dry_run:
         raise ValueError("--shard spreads weights over processes: start them with torchrun")
     vae, world = make_vae(c), c.world()
+    if c.data:
+        vae.grid(max(c.durations), c.space_factor, c.space_factor)
+        return
     for T in (1, *c.durations):
         for H, W in (*world.shapes, *world.image_shapes):
             if min(H, W) < c.digit:
@@ -555,19 +501,59 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
         return vae_loss(model, world, c, part, step)
 
     def measure(averaged: VAE) -> None:
-        sizes = [(max(c.durations), *shape) for shape in world.config.shapes]
-        clips = (to_float(world.clips(np.arange(32), size)[0]) for size in sizes)
+        clips = map(to_float, world.examples(c.vae_batch))
         averaged.measure_statistics(clip.to(device) for clip in clips)
 
     facts = facts | {"model": asdict(vae.config)}
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, loss, facts, finish=measure), c, out, device)
 
 
-def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
-    vae = sample.load_vae(out, device)
-    tokenizer = make_tokenizer(world)
+def train_text(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
+    tokenizer = recaption.make_tokenizer(world, c.labelled)
+    source = Source(sample.load_vae(out, device), tokenizer, world)
+    torch.manual_seed(c.seed + 2)  # initial weights
+    sizes = c.channels, c.patch, tokenizer.size
+    shape = {"width": c.text_width, "depth": c.text_depth, "heads": c.text_heads}
+    model = LanguageModel(LanguageConfig(*sizes, **shape))
+
+    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
+        return text_loss(model, source, c, part, step)
+
+    facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
+    fit(Stage("text", model, c.text_steps, c.text_lr, loss, facts), c, out, device)
+
+
+def about_latents(c: Config, world: Folder, vae: VAE) -> dict:
+    """What makes latents other latents: the VAE, the files, and how these are looked at."""
+    weights = b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())
+    flags = ("fps", "pixels", "seed", "later", "given")
+    about = {"vae": zlib.crc32(weights), "files": world.config.files}
+    return about | {"longest": max(c.durations)} | {flag: getattr(c, flag) for flag in flags}
+
+
+def encode(c: Config, world: Folder, out: Path, device: torch.device) -> None:
+    """Write out/latents: own clips as the DiT will see them."""
+    vae, folder = sample.load_vae(out, device), out / "latents"
+    latents.begin(folder, about_latents(c, world, vae))
+    done = latents.Latents(folder, c.channels, c.time_factor)
+    shard = latents.Shard(folder, rank(), c.channels)
+    with sample.bf16(device):
+        encode_clips(Source(vae, Tokenizer([]), world), c, shard, done)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank() == 0:
+        latents.end(folder, c.encodings)
+
+
+def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
+    source = Source(sample.load_vae(out, device), make_tokenizer(world, c), world)
+    if c.captions == "recaptioned":
+        source.language = load_language(out, device)
+    if c.data and (folder := out / "latents").exists():
+        latents.complete(folder, about_latents(c, world, source.vae))
+        source.stored = latents.Latents(folder, c.channels, c.time_factor)
     torch.manual_seed(c.seed + 1)  # initial weights
-    dit = make_dit(c, tokenizer.size)
+    dit = make_dit(c, source.tokenizer.size)
     dit.recompute = c.recompute
     if c.compile:
         for block in dit.blocks:
@@ -578,20 +564,25 @@ def train_dit(c: Config, world: data.World, facts: dict, out: Path, device: torc
         if step not in ahead:
             ahead.clear()
             first = step - step % AHEAD
-            made = dit_parts(vae, tokenizer, world, c, first, AHEAD)
-            ahead.update(enumerate(made, first))
+            ahead.update(enumerate(dit_parts(source, c, first, AHEAD), first))
+            if c.data and not source.stored:  # its pixels are decoded while we train
+                coming = own_clips(own_rows(source, c, first + AHEAD, AHEAD))
+                world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return dit_loss(model, ahead[step][part], c, step)
 
-    def show(averaged: DiT, step: int) -> None:
-        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
-        preview(run, world.config, out / "samples" / f"{step:06d}.gif")
+    def run_of(averaged: DiT) -> sample.Run:
+        networks = source.vae, averaged, source.tokenizer
+        return sample.Run(*networks, facts["world"], facts["config"], source.language)
 
-    facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
+    def show(averaged: DiT, step: int) -> None:
+        preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
+
+    facts = facts | {"model": asdict(dit.config), "words": source.tokenizer.words}
     averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show, large=True), c, out, device)
     if rank() == 0:
-        run = sample.Run(vae, averaged, tokenizer, facts["world"], facts["config"])
-        gallery(run, world.config, out / "gallery.gif")
-        print(f"wrote {out / 'gallery.gif'}; python evaluate.py prompts --run {out} measures it")
+        gallery(run_of(averaged), world, out / "gallery.gif")
+        print(f"wrote {out / 'gallery.gif'}", end="")
+        print("" if c.data else f"; python evaluate.py prompts --run {out} measures it")
 
 
 def command(c: Config) -> None:

@@ -1,0 +1,317 @@
+"""What the diffusion transformer learns from in a step: clips of any size, captions, noise levels.
+
+The problem. A step learns from dozens of clips, each of another size, some with given frames, some
+with a caption that has yet to be written; and on many processes each must make only its own part.
+
+The idea. Decide first, make later. What a step consists of is a function of (seed, step): which
+clips, their captions, which of their frames are given, their noise levels, and which row of the
+batch each of them lies in. That costs next to nothing, so that every process decides on all of it.
+Then each makes the pixels and latents of the rows that are its own:
+
+    step -> numbers, sizes, captions -> clips in rows      the same everywhere
+         -> rows dealt out, equally heavy -> this process's rows
+         -> pixels -> latents [Z, t, h, w] -> packed tokens [B, L, D], a level for each frame
+
+Many steps are made at once, since encoding many clips of one size is several times faster.
+
+Alphabet: T frames of H x W pixels; latents [Z, t, h, w]; ft frames to a latent; B rows of L tokens;
+F latent frames of all clips of a part.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import diffusion
+import patches
+import recaption
+from folder import Folder
+from language import Language
+from latents import Latents, Shard
+from loop import deal, rank, ranks, seeded
+from prompting import encode_given, noisy_context, to_float
+from text import Tokenizer
+from vae import VAE
+
+FARTHEST = 6  # latent frames; how much later than its clip a window may begin
+
+
+@dataclass
+class Source:
+    """Where batches come from."""
+
+    vae: VAE
+    tokenizer: Tokenizer
+    world: data.World | Folder  # an endless, numbered sequence of clips
+    language: Language | None = None  # what writes missing captions
+    stored: Latents | None = None  # what is not encoded any more
+
+
+# --------------------------------------------------------------------------------- deciding: a clip
+
+
+def draw_known(T: int, u: np.ndarray) -> np.ndarray:
+    """Which frames of a clip are given: [T] bool. u [3 + T] is uniform in [0, 1)."""
+    known, kind = np.zeros(T, bool), u[0]
+    some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
+    if kind < 0.3:  # animate an image
+        known[0] = True
+    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
+        known[: 1 + some[0]] = True
+    if 0.5 <= kind < 0.9:  # extend backward
+        known[T - 1 - some[1] :] = True
+    if kind >= 0.9:  # any frames
+        known = u[3:] < u[1]
+    return known & (not known.all())
+
+
+@dataclass
+class Clip:
+    """What is decided of a clip before any pixel of it is made."""
+
+    index: int  # its number
+    key: int  # what decides: its number, or that of its encoding on disk
+    size: tuple[int, int, int]  # (T, H, W)
+    text: list[int]
+    patches: int  # in each of its t latent frames
+    known: np.ndarray  # [T] bool: frames that are given
+    past: int  # latent frames that are given as a window's past, a little noisy; mostly none
+    level: np.ndarray  # [t] float: of each latent frame; NaN until the batch says
+    free: np.ndarray  # [t] bool: whether it is to be learned
+
+    @property
+    def tokens(self) -> int:
+        return len(self.text) + self.patches * len(self.free)
+
+    @property
+    def alike(self) -> tuple:  # clips of which this is the same are encoded together
+        return self.size, self.past > 0
+
+
+def draw_clip(
+    vae: VAE, c, index: int, key: int, size: list[int], frames: int, text: list[int]
+) -> Clip:
+    """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
+    some frames are given; or just a clip. frames: how many there are of it."""
+    random = np.random.default_rng([c.seed, 3, key])
+    kind, T, (t, h, w) = random.random(), size[0], vae.grid(*size)
+    known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
+    if T > 1 and kind < c.later:  # all of an image would be given
+        if frames >= T + FARTHEST * c.time_factor:  # else it has no later on
+            past = int(random.integers(1, t))
+            level[:past] = 0.2 * random.random()
+    elif T > 1 and kind < c.later + c.given:
+        known = draw_known(T, random.random(3 + T))
+        given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
+        level[given.reshape(t, -1).all(1)] = 0
+    count = patches.token_count((1, h, w), c.patch)
+    return Clip(index, key, tuple(size), text, count, known, past, level, np.isnan(level))
+
+
+# -------------------------------------------------------------------------------- deciding: a batch
+
+
+def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    """The clips that come next, as many as could fit at all: their numbers [n], sizes [n, 3],
+    counts of patches [n], and captions, None where one is to be written."""
+    world, most = source.world, c.rows * c.tokens // 10
+    index = world.numbers(step, 0, 1, most)
+    size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
+    kinds, kind = np.unique(size, axis=0, return_inverse=True)
+    count = np.array([patches.token_count(source.vae.grid(*k), c.patch) for k in kinds.tolist()])
+    count = count[kind.reshape(-1)]  # [most]
+    few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))
+    index, size, count = index[:few], size[:few], count[:few]
+    if c.captions == "prompts":
+        return index, size, count, world.captions(index, size)
+    facts = world.all_facts(index, size)
+    u = torch.rand(few, generator=seeded(c.seed, 8, step))
+    short = 1.0 if c.captions == "noisy" else c.short
+    return index, size, count, recaption.captions_to_learn(world, index, facts, c.labelled, short, u)
+
+
+@torch.no_grad()
+def write_captions(source: Source, looks: list[tuple]) -> None:
+    """Every process writes all that are missing: which clips fit depends on how long they are."""
+    missing = {}
+    for index, size, _, captions in looks:
+        for k, caption in enumerate(captions):
+            if caption is None:
+                missing.setdefault(tuple(size[k].tolist()), []).append((captions, k, index[k]))
+    for size, some in missing.items():
+        video = to_float(np.stack(source.world.clips([x[2] for x in some], size)[0]))
+        latents = source.vae.encode(video.to(source.vae.mean.device))  # [b, Z, t, h, w]
+        written = source.language.caption(list(latents))
+        for (captions, k, _), caption in zip(some, written, strict=True):
+            captions[k] = caption
+
+
+def lay_out(
+    source: Source, c, step: int, index: np.ndarray, size: np.ndarray, count: np.ndarray, captions
+) -> tuple[list[Clip], list[list[int]]]:
+    """The batch of a step, on all processes: the longest run of the clips that fits into it, and
+    which of them are in which row."""
+    dropped = torch.rand(len(index), generator=seeded(c.seed, 2, step)) < c.dropout
+    texts = [
+        source.tokenizer.encode("" if drop else caption)[: max(1, c.tokens - n)]
+        for caption, drop, n in zip(captions, dropped, count.tolist(), strict=True)
+    ]
+    lengths = [len(text) + n for text, n in zip(texts, count.tolist(), strict=True)]
+    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
+    n = sum(map(len, plan))
+    index, stored, world = index[:n], source.stored, source.world
+    keys = world.encodings(index, stored.turns) if stored else index
+    drawn = zip(
+        index.tolist(), keys.tolist(), size[:n].tolist(), world.frames(index).tolist(), texts[:n],
+        strict=True,
+    )  # fmt: skip
+    clips = [draw_clip(source.vae, c, *of) for of in drawn]
+    levels = diffusion.training_levels(len(clips), seeded(c.seed, 4, step))
+    levels = diffusion.shift_level(levels, c.shift).tolist()
+    for clip, level in zip(clips, levels, strict=True):
+        clip.level[clip.free] = level
+    world.took(step, n)
+    return clips, plan
+
+
+def draw_steps(source: Source, c, first: int, count: int) -> list[tuple]:
+    """The batches of `count` steps from `first` on: (clips, plan) each. Own clips come each once in
+    an epoch, so that a step begins where the one before it ended."""
+    steps = range(source.world.known_steps(first), first + count)
+    looks: Iterator = (look(source, c, step) for step in steps)
+    if source.language:
+        looks = list(looks)
+        write_captions(source, looks)
+    drawn = [lay_out(source, c, step, *one) for step, one in zip(steps, looks, strict=True)]
+    return drawn[-count:]
+
+
+def own_rows(source: Source, c, first: int, count: int) -> list[tuple]:
+    """(clips, plan, rows of this process's parts) of each step."""
+    parts, drawn = ranks() * c.accumulate, []
+    for step, (clips, plan) in enumerate(draw_steps(source, c, first, count), first):
+        if len(plan) < parts:
+            raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {parts} parts")
+        # What a row costs: the linear maps (6 d n) and attention (n^2) of each clip, see cost.py.
+        tokens = [[clips[k].tokens for k in row] for row in plan]
+        dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in tokens], parts)
+        drawn.append((clips, plan, dealt[rank() * c.accumulate : (rank() + 1) * c.accumulate]))
+    return drawn
+
+
+def own_clips(drawn: list[tuple]) -> list[Clip]:
+    return [clips[k] for clips, plan, own in drawn for rows in own for r in rows for k in plan[r]]
+
+
+# ------------------------------------------------------------------------------------------- making
+
+
+@torch.no_grad()
+def encode_alike(
+    vae: VAE, world: data.World | Folder, c, clips: list[Clip], ahead: int
+) -> list[Tensor]:
+    """Clips of one size, all of them windows or none: of each the clean latent and what the network
+    is shown of given frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
+    (T, H, W), windows = clips[0].alike
+    ft, index = c.time_factor, [clip.index for clip in clips]
+    size = (T + ft * ahead, H, W) if windows else (T, H, W)
+    video = to_float(np.stack(world.clips(index, size)[0])).to(vae.mean.device)  # [b, C, T, H, W]
+    latent = vae.encode(video)  # [b, Z, t, h, w]
+    if windows:
+        latent, given = latent[:, :, ahead:], []
+        for clip, one in zip(clips, latent.split(1), strict=True):
+            eps = torch.randn(one.shape, generator=seeded(c.seed, 6, clip.key)).to(one)
+            given.append(noisy_context(one, clip.past, clip.level[0], eps, ft))
+        return list(torch.cat([latent, torch.cat(given)], dim=1))
+    given = latent.new_zeros(len(clips), c.channels + ft, *latent.shape[2:])
+    if some := [k for k, clip in enumerate(clips) if clip.known.any()]:
+        known = torch.from_numpy(np.stack([clips[k].known for k in some])).to(video.device)
+        given[some], held = encode_given(vae, video[some], known)
+        held = held[:, None, :, None, None]  # [some, 1, t, 1, 1]
+        latent[some] = torch.where(held, given[some, : c.channels], latent[some])
+    return list(torch.cat([latent, given], dim=1))
+
+
+@dataclass
+class Part:
+    """What one process learns from at once: some rows of the batch of a step."""
+
+    packed: patches.Packed  # tokens [B, L, p p (Z + Z + ft)]
+    levels: Tensor  # [F] the level of each frame
+    free: Tensor  # [F] bool: whether it is to be learned
+    rows: list[int]  # which of the step's rows these are, as many as hold anything
+    patches: int  # how many patches are to be learned in the step, on all processes
+
+
+def dit_parts(source: Source, c, first: int, count: int) -> list[list[Part]]:
+    """This process's parts of `count` steps from `first` on."""
+    drawn, alike, latents = own_rows(source, c, first, count), {}, {}  # latents by clip number
+    for clip in own_clips(drawn):
+        if source.stored is None:
+            alike.setdefault(clip.alike, []).append(clip)
+        elif clip.key in source.stored:
+            latents[clip.index] = source.stored.read(clip.key, clip.size[0] == 1)
+    ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, FARTHEST + 1))
+    for some in alike.values():
+        made = encode_alike(source.vae, source.world, c, some, ahead)
+        latents |= zip((clip.index for clip in some), made, strict=True)
+    latents = {k: z for k, z in latents.items() if k not in source.world.lost}
+    most = -(-c.rows // (ranks() * c.accumulate))  # rows of a part: always as many, some empty
+    return [
+        [make_part(c, clips, plan, rows, latents, most) for rows in own]
+        for clips, plan, own in drawn
+    ]
+
+
+def make_part(
+    c, clips: list[Clip], plan: list[list[int]], rows: list[int], latents: dict, most: int
+) -> Part:
+    """Some rows of a batch, packed. The place of a clip that could not be read stays empty."""
+    here = [k for row in rows for k in plan[row] if clips[k].index in latents]
+    if not here:
+        raise ValueError("of a whole part of a batch, not one clip could be read")
+    place = {k: j for j, k in enumerate(here)}
+    layout = [[place[k] for k in plan[row] if k in place] for row in rows]
+    layout += [[]] * (most - len(rows))
+    mine = [clips[k] for k in here]
+    texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
+    encoded = [latents[clip.index] for clip in mine]
+    packed = patches.pack(encoded, texts, c.patch, c.tokens, layout, starts)
+    level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
+    free = patches.frame_levels(packed, [torch.from_numpy(clip.free).float() for clip in mine])
+    learned = sum(int(clip.free.sum()) * clip.patches for clip in clips)
+    return Part(packed, level, free > 0, rows, learned)
+
+
+# -------------------------------------------------------------------------- making it once, on disk
+
+
+@torch.no_grad()
+def encode_clips(source: Source, c, shard: Shard, done: Latents) -> None:
+    """Own clips, each as training would make it and its first frame alone, into this process's
+    shard: what is not `done` yet."""
+    vae, world = source.vae, source.world
+    groups = [group for turn in range(c.encodings) for group in world.groups(turn, c.vae_batch)]
+    keys = [world.encodings(group, c.encodings).tolist() for group in groups]
+    mine = range(rank(), len(keys), ranks())
+    todo = [k for k in mine if not any(key in done for key in keys[k])]
+    for j, k in enumerate(tqdm(todo, desc="encode", unit="group", disable=rank() > 0)):
+        index, random = groups[k], np.random.default_rng([c.seed, 9, k])
+        size = world.size(index[:1], images=0.0)[0].tolist()
+        soon = np.concatenate([groups[n] for n in todo[j : j + 3]])
+        world.prefetch(soon, world.size(soon, images=0.0))
+        frames, made = world.frames(index).tolist(), {}
+        for shape in ([1, *size[1:]], size):  # the first frames, then all
+            drawn = zip(index.tolist(), keys[k], frames, strict=True)
+            clips = [draw_clip(vae, c, i, key, shape, there, []) for i, key, there in drawn]
+            ahead = int(random.integers(1, FARTHEST + 1))
+            for some in ([x for x in clips if x.past == 0], [x for x in clips if x.past]):
+                latents = encode_alike(vae, world, c, some, ahead) if some else []
+                for clip, latent in zip(some, latents, strict=True):
+                    made.setdefault(clip.index, [clip.key]).append(latent)
+        shard.append([one for i, one in made.items() if i not in world.lost])

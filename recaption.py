@@ -1,0 +1,111 @@
+"""Re-captioning: few clips have good captions; a captioner learns from those and writes the rest.
+
+The problem. Descriptive captions make a video model follow its prompts better, and nobody has them:
+what comes with clips is short, and often lacks what matters.
+
+The idea (Betker et al. 2023, DALL-E 3, sections 2 and 3; the report's "language understanding").
+
+    clips         what somebody wrote                  what the diffusion transformer learns from
+    a tenth       a descriptive caption, and a short   the descriptive caption
+    all others    a short one: "a 7", "digit moving"   what the captioner sees in the latents
+    a share                                            the short one, so that it works, too
+
+The language model (language.py) learns from the labelled tenth only: as captioner from latents to
+the descriptive caption, as expander from the short to the descriptive one. Which clips are labelled
+and what is wrong with a short caption are functions of the clip's number, as all else in data.py.
+
+Run `python recaption.py` for clips, what was written of them, and the pairs to learn from.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import data
+from language import Language, asked
+from text import Tokenizer
+
+
+def make_tokenizer(world: data.World, share: float, size: int = 512) -> Tokenizer:
+    """From the captions that are known, and the sizes that the expander is told."""
+    index = labelled_clips(world, 0, 5000, share)
+    sizes = world.size(index)
+    facts = world.all_facts(index, sizes)
+    captions = [data.descriptive_caption(fact) for fact in facts]
+    short = world.short_captions(index, facts) + [data.short_caption(fact) for fact in facts]
+    told = [asked("", size) for size in np.unique(sizes, axis=0).tolist()]
+    return Tokenizer.from_captions(captions + short + told * 10, size)
+
+
+def labelled_clips(world: data.World, batch: int, count: int, share: float) -> np.ndarray:
+    """The numbers of `count` labelled clips, others for each batch."""
+    span = int(2 * count / share) + 100  # more than enough
+    index = batch * span + np.arange(span)
+    return index[world.labelled(index, share)][:count]
+
+
+def expander_pairs(
+    world: data.World, tokenizer: Tokenizer, batch: int, count: int, share: float
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What the expander is told of labelled clips, and what it should write."""
+    index = labelled_clips(world, batch, count, share)
+    sizes = world.size(index)
+    facts = world.all_facts(index, sizes)
+    told = map(asked, world.short_captions(index, facts), sizes.tolist())
+    answers = map(data.descriptive_caption, facts)
+    return [tokenizer.encode(x) for x in told], [tokenizer.encode(x) for x in answers]
+
+
+def captions_to_learn(
+    world: data.World, index: np.ndarray, facts: list[dict], share: float, short: float, u: Tensor
+) -> list[str | None]:
+    """The captions that the diffusion transformer learns from; None where there is but a short one,
+    and the captioner is to write. short: the share of short ones; u [n] in [0, 1)."""
+    known = world.labelled(index, share)
+    written = zip(world.short_captions(index, facts), facts, known, u.tolist(), strict=True)
+    return [
+        brief if x < short else data.descriptive_caption(fact) if label else None
+        for brief, fact, label, x in written
+    ]
+
+
+def fill_in(
+    language: Language | None, captions: list[str | None], latents: list[Tensor]
+) -> list[str]:
+    """The captioner writes what is missing."""
+    missing = [latent for x, latent in zip(captions, latents, strict=True) if x is None]
+    written = iter(language.caption(missing) if missing else [])
+    return [next(written) if x is None else x for x in captions]
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def main() -> None:
+    sheet = data.load_digits(Path(__file__).parent / "digits.png")
+    world = data.World(data.WorldConfig(), *data.split(*sheet, held_out=False))
+    index = np.arange(10)
+    clips, facts = world.clips(index)
+    short, known = world.short_captions(index, facts), world.labelled(index, 0.3)
+    page = Image.new("L", (900, 10 * 56), 24)
+    pen = ImageDraw.Draw(page)
+    for k, (clip, fact) in enumerate(zip(clips, facts, strict=True)):
+        said = data.descriptive_caption(fact) if known[k] else "(for the captioner to write)"
+        print(f"clip {k}: {short[k]!r} | {said}")
+        T, H, W = clip.shape[1:]
+        for j, t in enumerate(sorted({0, T // 2, T - 1})):
+            page.paste(Image.fromarray(clip[0, t]), (6 + j * (W + 4), 4 + 56 * k))
+        pen.text((170, 8 + 56 * k), f"written: {short[k]}", fill=150)
+        pen.text((170, 26 + 56 * k), said, fill=255 if known[k] else 100)
+    tokenizer = make_tokenizer(world, share=0.3)
+    told, answers = expander_pairs(world, tokenizer, batch=0, count=3, share=0.3)
+    for a, b in zip(told, answers, strict=True):
+        print(f"the expander learns: {tokenizer.decode(a)!r} -> {tokenizer.decode(b)!r}")
+    page.save("recaption_demo.png")
+    print("wrote recaption_demo.png")
+
+
+if __name__ == "__main__":
+    main()
