@@ -224,7 +224,7 @@ def encode_group(vae: VAE, world: Clips, c: Config, index, size, random) -> list
 
 
 def without_lost(clips: list, texts: list, plan: list[list[int]]) -> tuple[list, list, list]:
-    """Without the clips that could not be read, None: their places in the rows stay empty."""
+    """Without the clips that could not be read, None: their room in the rows stays empty."""
     kept = [k for k, clip in enumerate(clips) if clip is not None]
     if not kept:
         raise ValueError("not one clip of a whole batch could be read")
@@ -311,9 +311,9 @@ GALLERY = [  # prompts of the last page of training; the sizes take turns
 
 
 def shown(world: Clips) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Twelve prompts, and a size (T, H, W) for each. Own clips: their captions and sizes."""
+    """Prompts, and a size (T, H, W) for each. Of own clips, captions and sizes of eight."""
     if isinstance(world, Folder):
-        index = np.arange(12)
+        index = np.arange(8)
         return world.captions(index), list(map(tuple, world.size(index, images=0.0).tolist()))
     sizes, durations, shapes = [], world.config.durations[::-1], world.config.shapes
     for k, prompt in enumerate(GALLERY):
@@ -331,7 +331,7 @@ def write_page(run: sample.Run, path: Path, clips: list[np.ndarray], prompts: li
 
 
 def preview(run: sample.Run, world: Clips, path: Path, steps: int = 12) -> None:
-    """Eight clips of fixed prompts and seeds, to watch them get better."""
+    """A few clips of fixed prompts and seeds, to watch them get better."""
     T, (H, W) = max(world.config.durations), world.config.shapes[0]
     prompts = shown(world)[0][::2] + shown(world)[0][-1:]
     clips = sample.generate(run, prompts, (T, H, W), seeds=list(range(len(prompts))), steps=steps)
@@ -517,7 +517,8 @@ def encode_clips(c: Config, world: Folder, out: Path, device: torch.device) -> N
     done = latents.Latents(folder, c.channels, c.time_factor)
     shard = latents.Shard(folder, rank(), c.channels)
     groups = [group for turn in range(c.encodings) for group in world.groups(turn, c.vae_batch)]
-    todo = [k for k in range(rank(), len(groups), ranks()) if not any(n in done for n in groups[k])]
+    todo = [k for k, group in enumerate(groups) if not any(number in done for number in group)]
+    todo = [k for k in todo if k % ranks() == rank()]
     for j, k in enumerate(tqdm(todo, desc="encode", unit="group", disable=rank() > 0)):
         index, random = groups[k], np.random.default_rng([c.seed, 6, k])
         size = world.size(index[:1], images=0.0)[0].tolist()
