@@ -256,6 +256,12 @@ class Folder:
         """How many frames the whole file of each clip has: index [n] -> [n]."""
         return self.length[self.file[self.look_up(index)[0]]]
 
+    def encodings(self, index, turns: int) -> np.ndarray:
+        """Which encoding of which window each clip is, where all windows are encoded `turns` times,
+        as in the first epochs: index [n] -> [n]."""
+        N = len(self.file)
+        return np.asarray(index) // N % turns * N + self.look_up(index)[0]
+
     def captions(self, index, size=None) -> list[str]:
         return [self.shown[file] for file in self.file[self.look_up(index)[0]]]
 

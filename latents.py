@@ -15,7 +15,7 @@ The idea. Do it once. Each process appends to a shard of its own, two files:
 
 A row is written after its numbers, and all rows of a group at once. So what has a row is whole,
 whatever interrupts; to continue is to do the groups that have none yet, on any number of processes.
-A clip without a row was broken.
+A clip without a row was broken. The number says which of the folder's windows it is, of which turn.
 
 Half precision is enough: latents have variance 1, and float16 is exact to 1 in 2,000. `about` says
 which VAE and which files they were made of: those of another are refused.
@@ -59,12 +59,11 @@ def end(folder: Path, turns: int) -> None:
     write_about(folder, read_about(folder) | {"complete": turns})
 
 
-def complete(folder: Path, about: dict) -> int:
-    """How many times all is encoded. ValueError if it is not, or not by this VAE."""
+def complete(folder: Path, about: dict) -> None:
+    """Before training. ValueError if not all is encoded, or not by this VAE."""
     check(folder, about)
-    if not (turns := read_about(folder)["complete"]):
+    if not read_about(folder)["complete"]:
         raise ValueError(f"{folder} is incomplete: --stage encode goes on; or delete that folder")
-    return turns
 
 
 def check(folder: Path, about: dict) -> None:
@@ -112,10 +111,11 @@ class Shard:
 
 
 class Latents:
-    """What all processes wrote, by number; after `numbers` of them, the first comes again."""
+    """What all processes wrote, by number."""
 
-    def __init__(self, folder: Path, channels: int, time_factor: int, numbers: int = 2**62):
-        self.channels, self.time_factor, self.numbers = channels, time_factor, numbers
+    def __init__(self, folder: Path, channels: int, time_factor: int):
+        self.channels, self.time_factor = channels, time_factor
+        self.turns = read_about(folder).get("complete", 0)  # how many times each window is encoded
         self.shards, self.where = [], {}
         for path in sorted(folder.glob("*.idx")):
             rows, numbers = read_rows(path), path.with_suffix(".bin")
@@ -124,11 +124,11 @@ class Latents:
                 self.where |= {row[0]: (len(self.shards) - 1, *row[1:]) for row in rows.tolist()}
 
     def __contains__(self, number: int) -> bool:
-        return number % self.numbers in self.where
+        return number in self.where
 
     def read(self, number: int, image: bool) -> Encoded:
         """Clip `number`, or its first frame alone; what a training shows, see `encode_group`."""
-        shard, at, t, h, w, start, some = self.where[number % self.numbers]
+        shard, at, t, h, w, start, some = self.where[number]
         Z, ft = self.channels, self.time_factor
 
         def take(*shape: int) -> Tensor:

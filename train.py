@@ -255,7 +255,8 @@ def dit_batches(
     for one in np.unique(size, axis=0).tolist():
         group = random.permutation(np.flatnonzero((size == one).all(1)))
         if stored:
-            made = [stored.read(k, one[0] == 1) if k in stored else None for k in index[group]]
+            which = world.encodings(index[group], stored.turns).tolist()
+            made = [stored.read(k, one[0] == 1) if k in stored else None for k in which]
         else:
             made = encode_group(vae, world, c, index[group], one, random)
         for g, clip in zip(group, made, strict=True):
@@ -517,8 +518,8 @@ def encode_clips(c: Config, world: Folder, out: Path, device: torch.device) -> N
     done = latents.Latents(folder, c.channels, c.time_factor)
     shard = latents.Shard(folder, rank(), c.channels)
     groups = [group for turn in range(c.encodings) for group in world.groups(turn, c.vae_batch)]
-    todo = [k for k, group in enumerate(groups) if not any(number in done for number in group)]
-    todo = [k for k in todo if k % ranks() == rank()]
+    keys = [world.encodings(group, c.encodings).tolist() for group in groups]
+    todo = [k for k in range(rank(), len(keys), ranks()) if not any(key in done for key in keys[k])]
     for j, k in enumerate(tqdm(todo, desc="encode", unit="group", disable=rank() > 0)):
         index, random = groups[k], np.random.default_rng([c.seed, 6, k])
         size = world.size(index[:1], images=0.0)[0].tolist()
@@ -527,8 +528,9 @@ def encode_clips(c: Config, world: Folder, out: Path, device: torch.device) -> N
         with sample.bf16(device):
             whole = encode_group(vae, world, c, index, size, random)
             first = encode_group(vae, world, c, index, [1, *size[1:]], random)
-        made = zip(index.tolist(), first, whole, strict=True)
-        shard.append([clip for clip in made if clip[0] not in world.lost])
+        made = zip(keys[k], first, whole, strict=True)
+        there = [number not in world.lost for number in index.tolist()]
+        shard.append([clip for clip, read in zip(made, there, strict=True) if read])
     if dist.is_initialized():
         dist.barrier()
     if rank() == 0:
@@ -541,9 +543,8 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     tokenizer = Tokenizer.from_captions(known, 4096)
     stored, folder = None, out / "latents"
     if c.data and folder.exists():
-        turns = latents.complete(folder, about_latents(c, world, vae))
-        numbers = turns * world.config.windows  # then they come again
-        stored = latents.Latents(folder, c.channels, c.time_factor, numbers)
+        latents.complete(folder, about_latents(c, world, vae))
+        stored = latents.Latents(folder, c.channels, c.time_factor)
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, tokenizer.size)
     ahead = {}  # batches by step: made a few at a time, from steps that are multiples of that
