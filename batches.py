@@ -132,7 +132,12 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     facts = world.all_facts(index, size)
     u = torch.rand(few, generator=seeded(c.seed, 8, step))
     short = 1.0 if c.captions == "noisy" else c.short
-    return index, size, count, recaption.captions_to_learn(world, index, facts, c.labelled, short, u)
+    return (
+        index,
+        size,
+        count,
+        recaption.captions_to_learn(world, index, facts, c.labelled, short, u),
+    )
 
 
 @torch.no_grad()

@@ -140,6 +140,8 @@ class World:
     """An endless, numbered sequence of clips. `facts` says all that is true of a clip; pixels and
     captions are both made from the facts, so they cannot disagree."""
 
+    lost = frozenset()  # clips that cannot be read; a folder of files has some
+
     def __init__(self, config, images, labels, seed=0):
         self.config, self.seed = config, seed
         self.sprites, self.labels = make_sprites(images, config.digit), labels
@@ -213,6 +215,46 @@ class World:
             for k, g in enumerate(group):
                 clips[g] = pixels[k]
         return clips, self.describe_all(known, size)
+
+    # What training asks of any sequence of clips, this one or a folder of files (folder.py).
+
+    def captions(self, index, size):
+        """The prompts that people would write for clips `index`."""
+        return [short_caption(facts) for facts in self.all_facts(index, size)]
+
+    def numbers(self, step, rank, ranks, most):
+        """The next `most` clips of one process, from those that are there for a step."""
+        return (step * ranks + rank) * most + np.arange(most)
+
+    def known_steps(self, step):
+        """Where to begin, to know which clips a step begins with: at the step itself."""
+        return step
+
+    def took(self, step, count):
+        """How many of them a step took decides nothing."""
+
+    def frames(self, index):
+        """How many frames there are of each clip: it never ends."""
+        return np.full(len(index), 2**31)
+
+    def batch(self, step, part, parts, count):
+        """One of `parts` of a batch for the VAE, and its share of it. Clips of one size, another
+        one each step: in all as many pixels as `count` of the largest size have. In every eighth
+        step images: a video's first frame is an image to a causal VAE.
+        """
+        T, H, W = self.size([step], images=float(step % 8 == 0))[0].tolist()
+        largest = max(self.config.durations) * max(h * w for h, w in self.config.shapes)
+        n = min(max(1, count * largest // (T * H * W)), 4 * count)
+        mine = np.arange(part, n, parts)
+        return self.clips(step * 4 * count + mine, (T, H, W))[0], len(mine) / n
+
+    def examples(self, count):
+        """Long clips of every shape, to measure the VAE's latents on."""
+        longest = max(self.config.durations)
+        return (self.clips(np.arange(32), (longest, *s))[0] for s in self.config.shapes)
+
+    def close(self):
+        """There is nothing to end."""
 
     def all_facts(self, index, size):
         """The facts of clips, in words, without rendering them: a list of what `describe` makes."""

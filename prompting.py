@@ -109,11 +109,12 @@ def expand(run: Run, prompts: list[str], size: tuple[int, int, int], seeds: list
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read vae.pt, dit.pt and, if there is one, text.pt (their EMA weights)."""
+    """Read vae.pt, dit.pt and, if it learned from descriptive captions, text.pt (EMA weights)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dit, saved = load_ema(Path(folder, "dit.pt"), DiT, DiTConfig, device)
     words = Tokenizer(saved["words"])
-    language = load_language(folder, device) if Path(folder, "text.pt").exists() else None
+    wanted = saved["config"].get("captions") == "recaptioned"  # else it knows short prompts alone
+    language = load_language(folder, device) if wanted else None
     return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"], language)
 
 

@@ -234,7 +234,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--steps", type=int, default=DEFAULT.steps, help="sampling steps (default: %(default)s)")
     say("--guidance", type=float, default=DEFAULT.guidance, help="1: none (default: %(default)s)")
     say("--sampler", choices=["ddim", "ddpm"], default="ddim")
-    say("--fps", type=int, default=10, help="frames a second (default: %(default)s)")
+    say("--fps", type=int, help="frames a second (default: as trained, 10 for moving digits)")
     say(
         "--scale",
         type=int,
@@ -346,6 +346,7 @@ def task_of(
 
 def main(args: argparse.Namespace) -> None:
     run = load_run(args.run or newest_run())
+    args.fps = args.fps or run.config.get("fps", 10)
     for prompt in filter(None, (args.prompt, args.then)):
         if (words := len(run.tokenizer.encode(prompt))) > MOST_WORDS:
             raise ValueError(f"the prompt is {words} tokens long: at most {MOST_WORDS}")

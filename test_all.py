@@ -11,17 +11,22 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -35,9 +40,11 @@ import caption_reader
 import clips
 import cost
 import data
+import decode
 import diffusion
 import dit
 import evaluate
+import latents
 import loop
 import muon
 import patches
@@ -47,7 +54,9 @@ import recaption
 import sample
 import text
 import train
+from decode import Workers
 from dit import DiT, DiTConfig
+from folder import INDEX, Folder, FolderConfig, fitted
 from language import Language, LanguageConfig, LanguageModel, greedy, nucleus, prefix_mask
 from text import Tokenizer
 from vae import VAE, VAEConfig, from_blocks, to_blocks
@@ -2006,3 +2015,428 @@ def test_a_training_mistake_is_one_line(words, says, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# ======================================================================================= own clips
+
+
+def numbered(T: int, H: int, W: int) -> np.ndarray:
+    """A film whose every frame tells its number by its brightness: [T, H, W, 3]."""
+    level = (10 + 5 * np.arange(T)).astype(np.uint8)
+    return np.broadcast_to(level[:, None, None, None], (T, H, W, 3)).copy()
+
+
+def numbers_in(clip: np.ndarray) -> list[int]:
+    """The frame numbers of what came back, uint8 [3, T, H, W]."""
+    return np.round((clip.astype(float).mean((0, 2, 3)) - 10) / 5).astype(int).tolist()
+
+
+def film(path: Path, frames: np.ndarray, times=None, fps=10, turned=0, sound=False, **options):
+    """What imageio cannot write: frames at any times (milliseconds), a turned film, sound."""
+    with av.open(str(path), "w", options={"movflags": "faststart"} | options) as file:
+        video = file.add_stream("libx264", rate=fps)
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        audio = file.add_stream("aac", rate=16000, layout="mono") if sound else None
+        video.codec_context.time_base = Fraction(1, 1000)
+        if turned:
+            video.set_display_rotation(turned)
+        for k, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = int(1000 * k / fps) if times is None else int(times[k])
+            frame.time_base = Fraction(1, 1000)
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        if audio:
+            noise = np.random.default_rng(0).normal(size=(1, 16000)).astype(np.float32) / 10
+            sounds = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+            sounds.sample_rate, sounds.pts = 16000, 0
+            file.mux(audio.encode(sounds))
+            file.mux(audio.encode(None))
+
+
+UNEVEN = np.cumsum([0] + [20] * 20 + [150] * 10)  # milliseconds: fast, then slow
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """Files as people have them."""
+    root = tmp_path_factory.mktemp("own")
+    (root / "sub" / "deep").mkdir(parents=True)
+    pyav = {"plugin": "pyav"}
+    iio.imwrite(root / "h264.mp4", numbered(45, 48, 64), codec="libx264", fps=30, **pyav)
+    iio.imwrite(root / "vp8.webm", numbered(24, 64, 48), codec="libvpx", fps=12, **pyav)
+    iio.imwrite(root / "sub/vp9.webm", numbered(40, 60, 100), codec="libvpx-vp9", fps=20, **pyav)
+    full = {"codec": "mjpeg", "out_pixel_format": "yuvj420p"}  # a camera's full range of values
+    iio.imwrite(root / "sub/deep/jpeg.mov", numbered(40, 64, 64), fps=8, **full, **pyav)
+    iio.imwrite(root / "g.gif", numbered(6, 40, 30), duration=[100, 100, 300, 100, 500, 200])
+    film(root / "uneven.mp4", numbered(31, 48, 48), times=UNEVEN)
+    film(root / "sound.mp4", numbered(20, 48, 80), sound=True)
+    upright = np.zeros((10, 64, 32, 3), np.uint8)  # red above, blue below
+    upright[:, :32, :, 0], upright[:, 32:, :, 2] = 255, 255
+    film(root / "turned.mp4", np.rot90(upright, 1, (1, 2)), turned=-90)
+    for name, size in (("a.png", (300, 200)), ("b.jpg", (90, 160)), ("c.webp", (20, 20))):
+        Image.fromarray(numbered(3, *size)[2]).save(root / name)
+    whole = (root / "sound.mp4").read_bytes()
+    (root / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (root / "sub" / "words.webm").write_text("not a video")
+    (root / "sub" / "empty.gif").touch()
+    (root / "h264.txt").write_text("frames that\n get brighter \n")
+    lines = [
+        {"file": "sub/vp9.webm", "caption": "wide"},
+        {"file": "h264.mp4", "caption": "not this"},
+    ]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+BROKEN = ["cut.mp4", "sub/empty.gif", "sub/words.webm"]
+
+
+def opened(own: Path, seed: int = 0, workers: int = 0, **config) -> Folder:
+    return Folder(own, FolderConfig(**config), seed, workers)
+
+
+@pytest.mark.parametrize("fps", [10, 4, 24])
+@pytest.mark.parametrize(
+    "name, begins",
+    [
+        ("h264.mp4", np.arange(45) / 30),
+        ("vp8.webm", np.arange(24) / 12),
+        ("sub/vp9.webm", np.arange(40) / 20),
+        ("sub/deep/jpeg.mov", np.arange(40) / 8),
+        ("g.gif", [0, 0.1, 0.2, 0.5, 0.6, 1.1]),
+        ("uneven.mp4", UNEVEN / 1000),
+        ("sound.mp4", np.arange(20) / 10),
+    ],
+)
+def test_a_clip_shows_what_is_on_the_screen(own, fps, name, begins):
+    """At each time, the last frame that has begun; from any place on, as if all had been read."""
+    found = decode.probe(own / name)
+    times = np.arange(int(found["seconds"] * fps + 1e-3)) / fps
+    expected = [int(np.flatnonzero(np.array(begins) <= t + 2e-3)[-1]) for t in times]
+    times = times + found["start"]
+    clip = decode.read_window(own / name, times, found["last"], (24, 40))
+    assert clip.shape == (3, len(times), 24, 40) and numbers_in(clip) == expected
+    assert expected[-1] >= len(begins) - 1 - 30 // fps  # to its end
+    later = decode.read_window(own / name, times[len(times) // 2 :], found["last"], (24, 40))
+    assert np.array_equal(later, clip[:, len(times) // 2 :])
+
+
+def test_a_turned_film_is_upright(own):
+    found = decode.probe(own / "turned.mp4")
+    assert (found["height"], found["width"]) == (64, 32)
+    clip = decode.read_window(own / "turned.mp4", np.zeros(1), found["last"], (32, 16))
+    above, below = clip[:, 0, :14].mean((1, 2)), clip[:, 0, 18:].mean((1, 2))
+    assert above[0] > 200 > 60 > above[2] and below[2] > 200 > 60 > below[0]
+
+
+def test_the_matrix_of_a_phone_turns_clockwise(tmp_path):
+    """A phone's camera lies on its side and says in the file's header: x' = -y, y' = x."""
+    lying = np.zeros((3, 32, 64, 3), np.uint8)
+    lying[:, :, :32] = 255  # white at the left; turned clockwise, that is above
+    film(tmp_path / "phone.mp4", lying)
+    raw = bytearray((tmp_path / "phone.mp4").read_bytes())
+    at = raw.find(b"tkhd") + 4 + 40  # version 0: the matrix, nine fixed-point numbers
+    raw[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
+    (tmp_path / "phone.mp4").write_bytes(raw)
+    clip = decode.read_window(tmp_path / "phone.mp4", np.zeros(1), 0.0, (64, 32))
+    assert clip[:, 0, :28].mean() > 240 and clip[:, 0, 36:].mean() < 15
+
+
+def test_a_clip_keeps_its_shape_but_for_the_grid():
+    rng = np.random.default_rng(0)
+    for H, W in rng.integers(60, 4000, (500, 2)).tolist():
+        if max(H, W) > 6 * min(H, W):
+            continue
+        h, w = fitted(H, W, 128 * 128, 16)
+        scale = (128 * 128 / (H * W)) ** 0.5
+        assert h % 16 == w % 16 == 0
+        for side, to in ((H, h), (W, w)):
+            assert abs(to - min(1, scale) * side) <= 8  # half of what divides it
+    assert fitted(32, 48, 128 * 128, 16) == (32, 48)  # small ones are not enlarged
+    with pytest.raises(ValueError, match="too thin"):
+        fitted(10, 4000, 1024, 8)
+
+
+def test_a_folder_is_looked_at_once(own, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(own, root, ignore=lambda *_: [INDEX])
+    first = opened(root)
+    said = capsys.readouterr().err
+    assert [said.count(str(root / name)) for name in BROKEN] == [1, 1, 1]
+    looked = []
+    real = decode.probe
+    monkeypatch.setattr("folder.probe", lambda path: looked.append(path.name) or real(path))
+    again = opened(root)
+    assert not looked and not capsys.readouterr().err  # nothing is looked at, nor warned of, again
+    assert again.config == first.config and sorted(again.broken) == sorted(first.broken) == BROKEN
+    shutil.copy(root / "sound.mp4", root / "cut.mp4")  # mended
+    Image.fromarray(numbered(2, 64, 64)[1]).save(root / "a.png")  # another one
+    more = opened(root)
+    assert sorted(looked) == ["a.png", "cut.mp4"] and sorted(more.broken) == BROKEN[1:]
+    assert more.config.files != first.config.files
+    more.close()
+    assert [capsys.readouterr().err.count(name) for name in BROKEN[1:]] != [0, 0]  # at the end
+
+
+def test_captions_stand_beside_or_in_one_file(own):
+    found = opened(own)
+    names = [entry["file"] for entry in found.entries]
+    said = dict(zip(names, found.shown, strict=True))
+    assert said.pop("h264.mp4") == "frames that get brighter"
+    assert said.pop("sub/vp9.webm") == "wide" and set(said.values()) == {""}
+
+
+def test_windows_of_an_epoch_do_not_overlap_and_differ_from_epoch_to_epoch(own):
+    found = opened(own, longest=9, fps=20)
+    N, starts = found.config.windows, set()
+    for epoch in range(4):
+        index = epoch * N + np.arange(N)
+        size = found.size(index, images=0.0)
+        assert sorted(found.look_up(index)[0]) == list(range(N))
+        shown = {}
+        for path, times, *_ in found.jobs(index, size).values():
+            frames = np.round(times * 20, 3).tolist()
+            assert not set(frames) & set(shown.setdefault(path, []))
+            shown[path] += frames
+        for name, frames in zip(found.entries, found.length, strict=True):
+            inside = shown[own / name["file"]]
+            begin = np.round(name["start"] * 20, 3)
+            assert min(inside) >= begin and max(inside) < begin + frames + 1e-3
+            assert len(inside) >= min(frames - 3, frames // 9 * 9)
+        starts.add(min(shown[own / "vp8.webm"]))
+    assert len(starts) > 1
+
+
+def test_no_clip_comes_twice_in_an_epoch_on_three_processes(own):
+    c = configured("--data", str(own), "--rows", "1", "--tokens", "120")
+    vae, tokenizer = train.make_vae(c), Tokenizer([])
+    taken, N = [], 0
+    for rank in range(3):
+        found, N = opened(own, longest=9), opened(own, longest=9).config.windows
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "rank", lambda rank=rank: rank)
+            patch.setattr(train, "ranks", lambda: 3)
+            mine = [train.draw_clips(vae, tokenizer, found, c, step)[0] for step in range(20)]
+            late = train.draw_clips(vae, tokenizer, opened(own, longest=9), c, 19)[0]
+        assert np.array_equal(late, mine[-1])  # a step does not depend on who did those before
+        taken += np.concatenate(mine).tolist()
+    assert len(set(taken)) == len(taken)
+    whole = min(set(range(max(taken) + 2)) - set(taken)) // N  # epochs that are over everywhere
+    assert whole >= 2
+    for epoch in range(whole):
+        windows = opened(own, longest=9).look_up(np.arange(epoch * N, (epoch + 1) * N))[0]
+        assert sorted(windows) == list(range(N))
+
+
+def test_a_decoder_that_crashes_takes_only_its_file(own):
+    workers = Workers(2)
+    futures = [workers.submit(abs, -3), workers.submit(os._exit, 1), workers.submit(abs, -4)]
+    assert [workers.result(f) for f in futures] == [3, "its decoder crashed", 4]
+    assert workers.result(workers.submit(int, "x")).startswith("invalid literal")
+    workers.close()
+    alone, many = opened(own), opened(own, workers=2)
+    index = np.arange(12)
+    many.prefetch(index[4:], many.size(index[4:]))
+    pairs = zip(alone.clips(index)[0], many.clips(index)[0], strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    many.close()
+
+
+def test_a_clip_that_breaks_later_leaves_its_place_empty(own, tmp_path, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(own, root)
+    c, known = configured("--data", str(root), "--images", "0", "--image-phase", "0"), Tokenizer([])
+    torch.manual_seed(0)
+    vae, before, after = train.make_vae(c), opened(root, images=0.0), opened(root, images=0.0)
+    whole = train.dit_batches(vae, known, before, c, 0, 3)
+    for name in ("h264.mp4", "a.png"):
+        (root / name).write_bytes(b"gone")
+    capsys.readouterr()
+    broken = train.dit_batches(vae, known, after, c, 0, 3)
+    said = capsys.readouterr().err
+    assert said.count("h264.mp4") == said.count("a.png") == 1
+    assert after.lost
+    for step, ((a, *_), (b, *_)) in enumerate(zip(whole, broken, strict=True)):
+        index = train.draw_clips(vae, known, before, c, step)[0].tolist()
+        left = [x for i, x in zip(index, patches.unpack(a.tokens, a), strict=True)
+                if i not in after.lost]  # fmt: skip
+        assert all(map(torch.equal, left, patches.unpack(b.tokens, b)))
+        assert len(left) == len(b.grids)
+
+
+def test_train_on_own_clips_and_sample_as_a_user_does(own, tmp_path):
+    """The real commands; VAE, then latents on disk, then the DiT."""
+
+    def command(script, *flags, code=0):
+        words = [sys.executable, HERE / script, *flags]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    flags = ["--data", str(own), "--out", "run", "--fps", "8", *SMALL]
+    said = command("train.py", *flags)
+    assert "8 videos" in said and "3 images" in said and "3 are broken" in said
+    assert all(f"not used: {own / name}" in said for name in BROKEN)
+    run = sample.load_run(tmp_path / "run", "cpu")
+    assert run.vae.config.colors == 3 and run.world["durations"][-1] == 17
+    command("sample.py", "--run", "run", "--prompt", "wide", "--steps", "2", "--out", "made.mp4")
+    with av.open(str(tmp_path / "made.mp4")) as made:
+        stream = made.streams.video[0]
+        assert stream.average_rate == 8
+        frames = [frame.to_ndarray(format="rgb24") for frame in made.decode(stream)]
+    H, W = run.world["shapes"][0]
+    assert np.stack(frames).shape == (17, H, W, 3) and np.std(frames) > 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    said = command("train.py", "--data", "empty", code=2)
+    assert len(said.splitlines()) == 1 and "no file of .mp4 .webm" in said
+
+
+def own_run(own: Path, out: Path, *flags: str) -> None:
+    """train.main without pictures, as tests of training need none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gallery", "preview"):
+            patch.setattr(train, name, lambda *_: None)
+        train.main(configured("--data", str(own), "--out", str(out), "--workers", "1", *flags))
+
+
+@pytest.fixture(scope="module")
+def own_whole(own, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("own_whole")
+    own_run(own, out)
+    return out
+
+
+@pytest.mark.parametrize("stage, step", [("vae", 2), ("dit", 4)])
+def test_own_clips_stopped_and_continued_are_uninterrupted(
+    own, own_whole, tmp_path, monkeypatch, stage, step
+):
+    loss = getattr(train, f"{stage}_loss")
+
+    def interrupted(*args):
+        if args[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train, f"{stage}_loss", interrupted)
+    with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
+        own_run(own, tmp_path)
+    train.STOP.clear()
+    monkeypatch.setattr(train, f"{stage}_loss", loss)
+    own_run(own, tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    one, other = weights(own_whole), weights(tmp_path)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def encodings_of(out: Path, c: train.Config) -> dict[int, tuple]:
+    stored = latents.Latents(out / "latents", c.channels, c.time_factor)
+    return {k: (stored.read(k, True), stored.read(k, False)) for k in stored.where}
+
+
+def same(a, b) -> bool:
+    """Two clips as they are on disk, bit for bit."""
+    return all(
+        torch.equal(x[0], y[0]) and torch.equal(x[1].isnan(), y[1].isnan()) and x[2] == y[2]
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_what_is_written_to_a_shard_comes_back_and_what_was_torn_is_done_again(tmp_path):
+    g, Z, ft, made = random_state(0), 3, 4, []
+    for k, t in enumerate((1, 3, 5, 2)):
+        shape = (2 * Z + ft, t, 2, 3)
+        clip = torch.randn(shape, generator=g).half().float()
+        clip[Z:] *= k % 2  # every other one has given frames
+        held = torch.full((t,), torch.nan)
+        held[0] = 0.125 if t > 1 else torch.nan
+        image = torch.cat([clip[:Z, :1] + k, torch.zeros(Z + ft, 1, 2, 3)])
+        image = image.half().float()
+        whole = (image, held, 0) if t == 1 else (clip, held, k % 2)
+        made.append((10 * k, (image, torch.full((1,), torch.nan), 0), whole))
+    latents.Shard(tmp_path, 0, Z).append(made[:2])
+    with open(tmp_path / "00000.idx", "ab") as rows, open(tmp_path / "00000.bin", "ab") as numbers:
+        rows.write(b"torn"), numbers.write(b"also")
+    latents.Shard(tmp_path, 1, Z).append(made[2:3])
+    latents.Shard(tmp_path, 0, Z).append(made[3:])
+    stored = latents.Latents(tmp_path, Z, ft)
+    assert 5 not in stored and 30 in stored
+    for number, first, whole in made:
+        for image, clip in ((True, first), (False, whole)):
+            assert same([clip], [stored.read(number, image)])
+
+
+def test_latents_on_disk_are_what_training_would_make(own, own_whole, tmp_path, monkeypatch):
+    """Once by one process; once begun by the first of two, and finished by one."""
+    flags = ("--given", "0", "--later", "0", "--stage", "encode")
+    one, other = tmp_path / "one", tmp_path / "other"
+    for out in (one, other):
+        out.mkdir()
+        shutil.copy(own_whole / "vae.pt", out)
+    own_run(own, one, *flags)
+    monkeypatch.setattr(train, "ranks", lambda: 2)
+    c = configured("--data", str(own), *flags)
+    monkeypatch.setattr(train, "open_folder", lambda c: opened(own))
+    own_run(own, other, *flags)
+    half = encodings_of(other, c)
+    monkeypatch.undo()
+    own_run(own, other, *flags)
+    all_of_one, all_of_other = encodings_of(one, c), encodings_of(other, c)
+    found, vae = opened(own), sample.load_vae(one, "cpu")
+    N, rng = found.config.windows, np.random.default_rng(0)
+    assert 0 < len(half) < N and set(all_of_one) == set(all_of_other) == set(range(N))
+    assert all(same(all_of_one[k], all_of_other[k]) for k in range(N))
+    for k in range(3 * N):  # of later epochs, too, whose order is another one
+        size = found.size([k], images=0.0)[0].tolist()
+        kept = all_of_one[int(found.encodings([k], 1)[0])]
+        assert list(kept[1][0].shape[2:]) == [side // 4 for side in size[1:]]
+        if k >= N:  # there the windows start elsewhere
+            continue
+        for stored, T in zip(kept, (1, size[0]), strict=True):
+            live = train.encode_group(vae, found, c, np.array([k]), [T, *size[1:]], rng)[0]
+            assert close(stored[0], live[0], 0.05)  # half precision
+            assert torch.equal(stored[1].isnan(), live[1].isnan()) and stored[2] == live[2]
+
+
+def test_the_dit_trains_from_latents_alone(own, own_whole, tmp_path, monkeypatch):
+    shutil.copy(own_whole / "vae.pt", tmp_path)
+    own_run(own, tmp_path, "--stage", "encode", "--encodings", "2", "--given", "0.5")
+    monkeypatch.setattr(Folder, "clips", None)  # no pixels are read any more
+    own_run(own, tmp_path, "--stage", "dit", "--given", "0.5")
+    assert all(np.isfinite(line["loss"]) for line in loop.read_log(tmp_path))
+    with pytest.raises(ValueError, match="was encoded with fps 10, and now it is 5"):
+        own_run(own, tmp_path, "--stage", "dit", "--given", "0.5", "--fps", "5")
+    about = latents.read_about(tmp_path / "latents")
+    latents.begin(tmp_path / "latents", {k: v for k, v in about.items() if k != "complete"})
+    with pytest.raises(ValueError, match="is incomplete: --stage encode goes on"):
+        own_run(own, tmp_path, "--stage", "dit", "--given", "0.5")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--data nowhere", "no such folder"),
+        ("--stage encode", "--stage encode is for --data"),
+        ("--data OWN --tokens 20", "raise that, or lower --pixels or --durations"),
+        ("--data OWN --durations 16", "the VAE takes 1 + 4 k frames"),
+        ("--data OWN --fps 0", "--fps 0: at least 1"),
+        ("--data BAD", "captions.jsonl, line 2: each line is like"),
+        ("--data BROKEN", "none of its 1 files can be read"),
+    ],
+)
+def test_a_mistake_with_own_clips_is_a_sentence(own, tmp_path, words, says):
+    for name in ("bad", "broken"):
+        (tmp_path / name).mkdir()
+    lines = '{"file": "a.png", "caption": "a"}\n{"caption": "b"}'
+    (tmp_path / "bad" / "captions.jsonl").write_text(lines)
+    shutil.copy(own / "a.png", tmp_path / "bad")
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"no")
+    places = {"OWN": own, "BAD": tmp_path / "bad", "BROKEN": tmp_path / "broken"}
+    words = [str(places.get(word, word)) for word in words.split()]
+    with pytest.raises((ValueError, OSError), match=re.escape(says)):
+        train.main(configured("--out", str(tmp_path / "run"), *words))
+    assert not (tmp_path / "run").exists()

@@ -152,14 +152,16 @@ def to_float(clips: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(clips)).float() / 127.5 - 1
 
 
-def vae_loss(model: nn.Module, world: Clips, c: Config, part: int, step: int) -> tuple[Tensor, dict]:
+def vae_loss(
+    model: nn.Module, world: Clips, c: Config, part: int, step: int
+) -> tuple[Tensor, dict]:
     """A batch of clips of one size, another one each step, in all as many pixels as there fit.
     Of them this part: as its share of the mean over all."""
     part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
     clips, share = world.batch(step, part, parts, c.vae_batch)
     video = to_float(clips)  # [B, C, T, H, W]
     grid = bare(model).grid(*video.shape[2:])
-    whole = 4 * c.vae_batch  # each clip's noise is its own, whoever has it
+    whole = 4 * (c.vae_batch + parts)  # each clip's noise is its own, whoever has it
     noise = torch.randn(whole, c.channels, *grid, generator=seeded(c.seed, 1, step))[part::parts]
     device = bare(model).mean.device
     loss, logs = model(video.to(device), noise[: len(video)].to(device))
@@ -182,9 +184,7 @@ def text_loss(
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)[:count]
     facts = world.all_facts(index, np.tile(size, (count, 1)))
     captions = [tokenizer.encode(data.descriptive_caption(fact)) for fact in facts]
-    told, answers = recaption.expander_pairs(
-        world, tokenizer, step, 2 * c.text_batch, c.labelled
-    )
+    told, answers = recaption.expander_pairs(world, tokenizer, step, 2 * c.text_batch, c.labelled)
     tokens = sum(len(text) + 1 for text in captions + answers)  # and the END of each
     mine = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
     video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
