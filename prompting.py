@@ -116,6 +116,14 @@ class Settings:
 
 
 DEFAULT = Settings()
+SETTINGS = {  # of each task of sample.py, by the name of its flag
+    "new": DEFAULT,
+    "image": DEFAULT,
+    "extend": DEFAULT,
+    "loop": DEFAULT,
+    "connect": DEFAULT,
+    "edit": DEFAULT,
+}
 
 
 def bf16(device: torch.device):
@@ -209,7 +217,7 @@ def level_table(steps: int, level: Tensor, held: Tensor, ratio: float) -> Tensor
     al. 2023) would make things larger, where a larger canvas should show more of the world.
     """
     falling = diffusion.straight_levels(steps, torch.ones_like(level))  # [steps + 1, t]
-    if ratio > 1:
+    if ratio != 1:
         falling = diffusion.shift_level(falling * diffusion.shift_level(level, 1 / ratio), ratio)
         falling[0], falling[-1] = level, 0.0  # to the last bit
     else:

@@ -40,6 +40,7 @@ from clips import write_clip as write_clip
 from clips import write_gallery as write_gallery
 from prompting import (
     DEFAULT,
+    SETTINGS,
     Run,
     Settings,
     backward_context,
@@ -74,7 +75,7 @@ def animate(
     images: list[np.ndarray],
     frames: int,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["image"],
 ) -> list[np.ndarray]:
     """Images [C, 1, H, W] that move: `frames` in all, of which the image is the first."""
     return extend(run, prompts, images, frames - 1, seeds, how=how)
@@ -87,7 +88,7 @@ def extend(
     frames: int,
     seeds: list[int],
     backward: bool = False,
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["extend"],
 ) -> list[np.ndarray]:
     """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
     video, part = np.stack(clips), 0
@@ -114,7 +115,7 @@ def bridge(
     frames: int,
     seeds: list[int],
     prompts_end: list[str],
-    how: Settings = DEFAULT,
+    how: Settings,
 ) -> np.ndarray:
     """The `frames` between two clips: uint8 [N, C, frames, H, W]. What one window cannot hold is
     first added to both ends, half to each."""
@@ -145,7 +146,7 @@ def loop(
     clips: list[np.ndarray],
     frames: int,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["loop"],
 ) -> list[np.ndarray]:
     """Clips and `frames` more that lead from their end back to their start, to be played in a
     circle."""
@@ -161,7 +162,7 @@ def connect(
     frames: int,
     seeds: list[int],
     prompts_end: list[str] | None = None,
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["connect"],
 ) -> list[np.ndarray]:
     """From one clip to another, `frames` between; with prompts_end, from one prompt to another."""
     new = bridge(run, prompts, before, after, frames, seeds, prompts_end or prompts, how)
@@ -174,7 +175,7 @@ def edit(
     clips: list[np.ndarray],
     strength: float,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["edit"],
 ) -> list[np.ndarray]:
     """SDEdit (Meng et al. 2021): noise a clip to level `strength` and make it clean again with
     another prompt. What the noise leaves stays: 0 gives the clip back, bit for bit; 1 ignores
@@ -226,7 +227,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
     say("--steps", type=int, default=DEFAULT.steps, help="sampling steps (default: %(default)s)")
-    say("--guidance", type=float, default=DEFAULT.guidance, help="1: none (default: %(default)s)")
+    strong = ", ".join(f"{how.guidance:g} for {task}" for task, how in SETTINGS.items())
+    say("--guidance", type=float, help=f"1: none (default: {strong})")
     say("--sampler", choices=["ddim", "ddpm"], default="ddim")
     say("--fps", type=int, default=10, help="frames a second (default: %(default)s)")
     say(
@@ -263,7 +265,7 @@ def mistake(args: argparse.Namespace) -> str | None:
         return f"--seconds {args.seconds}: more than 0"
     if args.strength is not None and not 0 <= args.strength <= 1:
         return f"--strength {args.strength}: from 0 to 1"
-    if not abs(args.guidance) < 1e6:
+    if args.guidance is not None and not abs(args.guidance) < 1e6:
         return f"--guidance {args.guidance}: a number such as 2"
     if not 0 <= args.seed < 2**32 - args.count:
         return f"--seed {args.seed}: 0 or more, and less than 2^32"
@@ -298,7 +300,9 @@ def task_of(
 ) -> tuple[tuple[int, int, int], Callable[[list[int]], Iterator[np.ndarray]]]:
     """The size (T, H, W) of what is asked for, and what makes it: seeds -> uint8 [N, C, n, H, W]
     ..."""
-    how = Settings(args.steps, args.guidance, float(args.sampler == "ddpm"))
+    task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
+    guidance = SETTINGS[task].guidance if args.guidance is None else args.guidance
+    how = Settings(args.steps, guidance, float(args.sampler == "ddpm"))
     kinds = ("extend", "loop", "connect")
     kind = next((k for k in kinds if getattr(args, k)), "new")
     kind = "backward" if args.backward else kind
