@@ -52,6 +52,7 @@ from prompting import (
     room,
     seeded,
     stream,
+    trained_window,
 )
 from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
@@ -102,7 +103,9 @@ def extend(
         known = np.arange(more + new + seen) >= more + new
         blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
         window = np.concatenate([blank, video[:, :, :seen]], axis=2)
-        made = fill(run, prompts, window, known, seeded(seeds, part), how)[:, :, more : more + new]
+        start = int(frames > new)  # more will come before it
+        made = fill(run, prompts, window, known, seeded(seeds, part), how, start=start)
+        made = made[:, :, more : more + new]
         video, frames, part = np.concatenate([made, video], axis=2), frames - new, part + 1
     return list(video)
 
@@ -124,7 +127,8 @@ def bridge(
     other = [seed + (1 << 48) for seed in seeds]  # not the same noise at both ends
     a = np.stack(extend(run, prompts, before, there, seeds, how=how))
     b = np.stack(extend(run, prompts_end, after, back, other, backward=True, how=how))
-    gap, seen = frames - spare, forward_context(run, a.shape[2])
+    half = -(-trained_window(run) // 2)  # of a window is for the new and for what follows
+    gap, seen = frames - spare, forward_context(run, a.shape[2], half)
     # As many frames of what follows as end a latent, and at least a latent of them, if there are.
     rest = (1 - seen - gap) % ft
     last = next((k for k in (ft + rest, rest) if 0 < k <= b.shape[2]), min(ft, b.shape[2]))
@@ -134,7 +138,8 @@ def bridge(
     known[seen : seen + gap] = False
     if gap:
         ends = None if prompts_end == prompts else prompts_end
-        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends)
+        start = int(a.shape[2] > seen)  # the first frame shown is not the first of the clip
+        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start)
         blank = made[:, :, ~known]
     new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]
     return np.concatenate(new, axis=2)
