@@ -1209,6 +1209,28 @@ def test_extend_uses_what_is_given(run):
     assert not np.array_equal(one, two)
 
 
+def test_only_the_beginning_of_a_clip_starts_at_time_0(run, monkeypatch):
+    """A caption says how a clip sets out; a window from later on says that it is one."""
+    starts, inner = [], prompting.packed_denoiser
+
+    def spy(run, captions, grid, given=None, start=0):
+        starts.append(start)
+        return inner(run, captions, grid, given, start)
+
+    monkeypatch.setattr(prompting, "packed_denoiser", spy)
+
+    def of(task, *words, **more) -> list[int]:
+        starts.clear()
+        task(run, PROMPT, *words, how=QUICK, **more)
+        return starts[::2]  # of each two, with and without the caption
+
+    short, long = [clip_of(5)], [clip_of(17)]
+    assert of(sample.extend, short, 4, [0]) == [0] and of(sample.extend, long, 4, [0]) == [1]
+    assert of(sample.extend, short, 20, [0]) == [0, 1]
+    assert of(sample.extend, long, 16, [0], backward=True) == [1, 0]
+    assert of(sample.loop, short, 8, [0]) == [0] and of(sample.loop, long, 8, [0]) == [1]
+
+
 # ------------------------------------------------------------------------------------------ editing
 
 
