@@ -1,9 +1,10 @@
-"""Numbers for what the report only shows: do clips show what their prompts say, and how fast is it?
+"""Numbers for what the report only shows.
 
-    python evaluate.py prompts --run out/tiny     # reads what is in a run's clips
-    python evaluate.py language --run out/tiny    # reads captions and expanded prompts
-    python evaluate.py bench                      # times the networks; needs no run
-    python evaluate.py scaling                    # trains with 1, 4 and 16 times the compute
+    python evaluate.py prompts --run out/tiny     # do clips show what their prompts say?
+    python evaluate.py prompting --run out/tiny   # animate, extend, loop ...: see tasks.py
+    python evaluate.py language --run out/tiny    # are captions and expanded prompts true?
+    python evaluate.py bench                      # how fast is it? needs no run: see bench.py
+    python evaluate.py scaling                    # what does more training bring? see scaling.py
 
 `prompts` reads three sets of clips of the same prompts, from pixels alone (see reader.py):
 
@@ -14,17 +15,16 @@
 Every digit and direction is asked for equally often, at every shape of the world's videos in their
 longest duration, and at the first shape in the shorter ones, too.
 
-Alphabet: a clip is [C, T, H, W] uint8; B rows of L tokens; d the width; n tokens in a clip.
+Alphabet: a clip is [C, T, H, W] uint8.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,19 +35,16 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+import bench
 import caption_reader
-import cost
 import data
-import patches
-import prompting
 import reader
 import sample
-from dit import PATHS, DiT, DiTConfig, clips_by_length, packed_attention
-from text import Tokenizer
-from vae import VAE, VAEConfig
+import tasks
+from prompting import load_language, newest_run
+from vae import VAE
 
 HERE = Path(__file__).parent
-ROWS, BUDGET, PATCH = 8, 256, 2  # of the batches that `bench` times: those of the preset `tiny`
 SCORES = ("digit", "direction", "digits", "directions", "both")  # the last three: of two digits
 
 
@@ -272,8 +269,8 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def language(args: argparse.Namespace) -> None:
-    folder = Path(args.run) if args.run else prompting.newest_run(name="text.pt")
-    vae, writer = (load(folder, "cpu") for load in (sample.load_vae, prompting.load_language))
+    folder = Path(args.run) if args.run else newest_run(name="text.pt")
+    vae, writer = (load(folder, "cpu") for load in (sample.load_vae, load_language))
     config = data.WorldConfig(**writer.world)
     world = data.World(config, *digits(held_out=True), seed=args.seed)
     figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}
@@ -283,112 +280,19 @@ def language(args: argparse.Namespace) -> None:
     print(f"wrote {folder / 'language.json'}")
 
 
-# -------------------------------------------------------------------------------------------- speed
-
-
-def median_seconds(device: torch.device, repeats: int, **calls: Callable) -> dict[str, float]:
-    """The time of each call. They take turns: what else the machine does hurts all alike."""
-    taken = {name: [] for name in calls}
-    for _ in range(2 + repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[2:]) for name, times in taken.items()}  # two to warm up
-
-
-def mixed_batch(vae: VAE, config: DiTConfig) -> dict[str, patches.Packed]:
-    """The start of a mixed stream of clips: packed, and a clip a row, padded to the longest."""
-    world = data.World(data.WorldConfig(), *digits(held_out=False))
-    index = np.arange(ROWS * BUDGET // 4)  # more than will fit
-    size = world.size(index)
-    captions = [data.short_caption(fact) for fact in world.all_facts(index, size)]
-    tokenizer = Tokenizer.from_captions(captions, config.vocabulary)
-    texts = [tokenizer.encode(caption) for caption in captions]
-    grids = [vae.grid(*s) for s in size.tolist()]
-    lengths = [len(x) + patches.token_count(g, PATCH) for x, g in zip(texts, grids, strict=True)]
-    plan = patches.longest_prefix(lengths, BUDGET, ROWS)
-    n = sum(map(len, plan))
-    latents = [torch.randn(config.inputs // PATCH**2, *g) for g in grids[:n]]  # noise is as fast
-    alone = [[clip] for clip in range(n)]
-    return {
-        "packed": patches.pack(latents, texts[:n], PATCH, BUDGET, plan),
-        "padded": patches.pack(latents, texts[:n], PATCH, max(lengths[:n]), alone),
-    }
-
-
-def attention_paths(
-    packed: patches.Packed, config: DiTConfig, kind: str, repeats: int
-) -> dict[str, float]:
-    """Seconds of a block's attention over a batch; paths that a device lacks are left out."""
-    device, groups = packed.text.device, clips_by_length(packed.sample_id)[1]
-    shape = (3, packed.text.numel(), config.heads, config.width // config.heads)
-    calls, dtype = {}, getattr(torch, kind)
-    for path in PATHS:
-        qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-        def call(qkv: torch.Tensor = qkv, path: str = path) -> None:
-            packed_attention(*qkv, groups, path).sum().backward()
-
-        try:
-            call()
-        except (RuntimeError, NotImplementedError, ImportError):
-            continue
-        calls[path] = call
-    return median_seconds(device, repeats, **calls)
-
-
-def bench(args: argparse.Namespace) -> None:
-    """The speed of the smallest sizes, with fresh weights, in the quicker number format."""
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device)
-    b = a.bfloat16()
-    taken = median_seconds(device, args.repeats, float32=lambda: a @ a, bfloat16=lambda: b @ b)
-    kind = min(taken, key=taken.get)
-    rate = 2 * side**3 / taken[kind]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=kind == "bfloat16")
-    print(f"{device.type}, {kind}: a plain matrix product runs at {rate / 1e12:.3f} TFLOP/s")
-
-    vae, dit = VAE(VAEConfig()).to(device), DiT(DiTConfig()).to(device)
-    for weight in dit.parameters():  # adaLN's zeros, too: some devices multiply zeros faster
-        nn.init.normal_(weight, std=0.02)
-    batches = mixed_batch(vae, dit.config)
-    batches = {name: packed.to(device) for name, packed in batches.items()}
-
-    def step(packed: patches.Packed) -> None:
-        level = torch.full(packed.frame_clip.shape, 0.5, device=device)
-        with autocast:
-            output = dit(packed.tokens, level, packed)  # [B, L, D]
-        output.float().square().mean().backward()
-        dit.zero_grad(set_to_none=True)
-
-    calls = {name: lambda packed=packed: step(packed) for name, packed in batches.items()}
-    taken = median_seconds(device, args.repeats, **calls)
-    print(f"DiT, {sum(w.numel() for w in dit.parameters()) / 1e6:.1f} M weights, training step:")
-    for name, packed in batches.items():
-        B, L = packed.text.shape
-        tokens = sum(packed.lengths) / taken[name]
-        work = cost.step_flops(dit, packed.lengths, len(packed.frame_clip))
-        share = sum(work) / taken[name] / rate
-        print(f"  {name}: {B:3} rows of {L} tokens, {packed.fill:.0%} full, {tokens:9,.0f} real "
-              f"tokens/s, {share:.0%} of the matrix product's rate")  # fmt: skip
-
-    print("packed attention, forward and backward, by each path that this device has:")
-    for path, seconds in attention_paths(batches["packed"], dit.config, kind, args.repeats).items():
-        print(f"  {path}: {1000 * seconds:.2f} ms")
-
-    B, T, H, W = 16, 17, 32, 32
-    video = torch.rand(B, vae.config.colors, T, H, W, device=device) * 2 - 1
-    with torch.no_grad(), autocast:
-        latent = vae.encode(video)
-        halves = {"encode": lambda: vae.encode(video), "decode": lambda: vae.decode(latent)}
-        taken = median_seconds(device, args.repeats, **halves)
-    speeds = ", ".join(f"{half} {B * T / time:,.0f} frames/s" for half, time in taken.items())
-    print(f"VAE, {B} clips of {T} x {H} x {W}: {speeds}")
+def prompting(args: argparse.Namespace) -> None:
+    folder = Path(args.run) if args.run else sample.newest_run()
+    run = sample.load_run(folder)
+    config = replace(data.WorldConfig(**run.world), two_digits=0.0)
+    world = data.World(config, *digits(held_out=True), args.seed)
+    network, _ = load_classifier(world.config.digit)
+    how = {} if args.steps is None else {"steps": args.steps}
+    figures, page = tasks.measure(run, world, network, args.clips, args.minutes, args.seed, how)
+    figures["a minute"]["cost"] = tasks.cost(str(folder), args.steps or sample.DEFAULT.steps)
+    print(tasks.table(figures))
+    (folder / "prompting.json").write_text(json.dumps(figures, indent=2) + "\n")
+    page.save(folder / "prompting.png")
+    print(f"wrote {folder / 'prompting.json'} and {folder / 'prompting.png'}")
 
 
 def scaling(args: argparse.Namespace) -> None:
@@ -400,15 +304,10 @@ def scaling(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse would print its usage first
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = sample.Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(
-        required=True, dest="command", metavar="prompts|language|bench|scaling"
+        required=True, dest="command", metavar="prompts|prompting|language|bench|scaling"
     )
     command = commands.add_parser("prompts", help="do clips show what their prompts say?")
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
@@ -422,6 +321,12 @@ def main() -> None:
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
     command.add_argument("--clips", type=int, default=1000, help="how many are captioned")
     command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("prompting", help="is what is given kept, and carried on?")
+    command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
+    command.add_argument("--clips", type=int, default=40, help="how many for each task")
+    command.add_argument("--minutes", type=int, default=10, help="how many clips of a minute")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, help="sampling steps (default: as sample.py)")
     command = commands.add_parser("bench", help="how fast are training and the VAE?")
     command.add_argument("--repeats", type=int, default=7, help="the median of so many is printed")
     command = commands.add_parser("scaling", help="what does more training bring? (scaling.py)")
@@ -430,20 +335,14 @@ def main() -> None:
     command.add_argument("--out", default="out/scaling", help="a folder for runs and pictures")
     command.add_argument("train", nargs="*", help="flags of train.py, behind --")
     args = parser.parse_args()
-    for name, least in {
-        "ones": 1,
-        "twos": 0,
-        "seed": 0,
-        "steps": 1,
-        "repeats": 1,
-        "clips": 1,
-    }.items():
+    limits = dict.fromkeys(("ones", "clips", "minutes", "steps", "repeats"), 1)
+    for name, least in (limits | {"twos": 0, "seed": 0}).items():
         given = getattr(args, name, None)
         if given is not None and given < least:
             parser.error(f"--{name} {given}: at least {least}")
     try:
-        calls = {"prompts": prompts, "language": language, "bench": bench, "scaling": scaling}
-        calls[args.command](args)
+        kinds = {"prompts": prompts, "prompting": prompting, "language": language}
+        (kinds | {"bench": bench.bench, "scaling": scaling})[args.command](args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

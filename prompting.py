@@ -131,6 +131,15 @@ class Settings:
 
 
 DEFAULT = Settings()
+GIVEN = Settings(guidance=3.0)  # frames show the digit: pushing the prompt hard hides the frames
+SETTINGS = {  # of each task of sample.py, by the name of its flag
+    "new": DEFAULT,
+    "image": DEFAULT,
+    "extend": GIVEN,
+    "loop": GIVEN,
+    "connect": GIVEN,
+    "edit": DEFAULT,
+}
 
 
 def bf16(device: torch.device):
@@ -224,7 +233,7 @@ def level_table(steps: int, level: Tensor, held: Tensor, ratio: float) -> Tensor
     al. 2023) would make things larger, where a larger canvas should show more of the world.
     """
     falling = diffusion.straight_levels(steps, torch.ones_like(level))  # [steps + 1, t]
-    if ratio > 1:
+    if ratio != 1:
         falling = diffusion.shift_level(falling * diffusion.shift_level(level, 1 / ratio), ratio)
         falling[0], falling[-1] = level, 0.0  # to the last bit
     else:
@@ -337,12 +346,12 @@ def show_given(run: Run, clips: np.ndarray, known: np.ndarray, x: Tensor) -> tup
 # --------------------------------------------------------------------------------- one window, many
 
 
-def forward_context(run: Run, L: int) -> int:
-    """How many of L given frames to show to what follows: as many as fill latents, up to half a
-    window of them. Of 2 to `ft` frames all, though they don't: one frame alone says nothing of
-    motion."""
+def forward_context(run: Run, L: int, beside: int = 2) -> int:
+    """How many of L given frames to show to what follows: as many as fill latents and leave
+    `beside` latents of a window to others. The more there are, the better motion is carried on. Of
+    2 to `ft` frames all, though they fill none: one frame alone says nothing of motion."""
     ft = run.vae.config.time_factor
-    return L if L <= ft else 1 + ft * min((L - 1) // ft, trained_window(run) // 2 - 1)
+    return L if L <= ft else 1 + ft * min((L - 1) // ft, max(0, trained_window(run) - 1 - beside))
 
 
 def backward_context(run: Run, L: int) -> int:
@@ -391,10 +400,14 @@ def fill(
     generators: list[torch.Generator],
     how: Settings = DEFAULT,
     prompts_end: list[str] | None = None,
+    start: int = 0,
 ) -> np.ndarray:
     """Make the frames that are not known, all at once: clips uint8 [N, C, T, H, W], known [T] bool.
 
-    With prompts_end, the caption changes from the first to the last frame that is made.
+    start: 1 where these frames are not the first of the whole clip. A caption says how a clip sets
+    out: "moving left" may no longer be true of later frames, and the network was trained to know it
+    by the position of the first (see `noisy_context`). Told 0, it believes the caption and not the
+    frames. With prompts_end, the caption changes from the first to the last frame that is made.
     """
     grid, ft = latent_grid(run, *clips.shape[2:]), run.vae.config.time_factor
     x = noise_for(run, generators, grid)
@@ -405,7 +418,7 @@ def fill(
     )  # of each latent, in frames
     blend = ((middle - first) / max(1, last - first)).clamp(0, 1)
     x = denoise_window(
-        run, prompts, x, level, held, how, generators, given, prompts_end=prompts_end, blend=blend
+        run, prompts, x, level, held, how, generators, given, start, prompts_end, blend
     )
     made = to_uint8(run.vae.decode(x))[:, :, : len(known)]
     return np.where(known[:, None, None], clips, made)  # a person's own frames, untouched
@@ -421,14 +434,15 @@ def roll(
     begin: np.ndarray | None = None,
     source: Tensor | None = None,
     strength: float = 1.0,
+    start: int = 0,
 ) -> Iterator[Tensor]:
     """Latents of any duration, a window at a time: yields [N, Z, n, h, w], t in all.
 
-    The first window may begin with given frames, begin [N, C, K, H, W] uint8. Each later one begins
-    with the last latents of the one before, a little noisy (`noisy_context`), and counts time from
-    its own start, so that no position is ever new. All stays in latents: decoding and encoding
-    again at each seam would add up. source [N, Z, t, h, w]: start from this noised to `strength`
-    (SDEdit).
+    The first window may begin with given frames, begin [N, C, K, H, W] uint8, and start: see
+    `fill`. Each later one begins with the last latents of the one before, a little noisy
+    (`noisy_context`), and counts time from its own start, so that no position is ever new. All
+    stays in latents: decoding and encoding again at each seam would add up. source [N, Z, t, h, w]:
+    start from this noised to `strength` (SDEdit).
     """
     window = trained_window(run)
     keep, made, context = window // 2, 0, None
@@ -451,7 +465,8 @@ def roll(
             x = torch.where(held[:, None, None], noisy, x)
         elif begin is not None:
             x, given, level, held = show_given(run, begin, np.ones(begin.shape[2], bool), x)
-        x = denoise_window(run, prompts, x, level, held, how, generators, given, int(old > 0))
+        x = denoise_window(run, prompts, x, level, held, how, generators, given, start)
+        start = 1
         context, made = x[:, :, -keep:], made + t - old
         yield x[:, :, old:]
 
@@ -484,8 +499,8 @@ def stream(
         missing = 1 + (grid[0] - 1) * run.vae.config.time_factor - T
         video = np.pad(source, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)), "edge")
         latent = run.vae.encode(to_float(video).to(run.device))
-    begin = begin[:, :, L - seen :] if L else None
-    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength)
+    begin, start = begin[:, :, L - seen :] if L else None, int(L > seen)
+    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start)
     for video in run.vae.decode_stream(parts):
         made = to_uint8(video)[:, :, seen:][:, :, :left]
         seen, left = max(0, seen - video.shape[2]), left - made.shape[2]

@@ -166,15 +166,29 @@ def heading(track: np.ndarray) -> str:
     return (("up", "down"), ("left", "right"))[axis][int(far[axis] > 0)]
 
 
-def read_one(clip: np.ndarray, network: nn.Module, digit: int) -> dict:
-    """What a clip of one digit shows: its digit in the first, middle and last frame; its direction.
-    A frame without ink reads as -1."""
-    ink = to_ink(clip)
-    track = np.stack([centre_of(frame) for frame in ink])
-    looks = [0, len(ink) // 2, len(ink) - 1]
+def track_one(ink: np.ndarray) -> np.ndarray:
+    """Where the one digit is in each frame: ink [T, H, W] -> centres [T, 2]."""
+    return np.stack([centre_of(frame) for frame in ink])
+
+
+def name_one(
+    ink: np.ndarray, track: np.ndarray, looks: list[int], network: nn.Module, digit: int
+) -> list[int]:
+    """Which digit is seen in each of the frames `looks`; -1 where there is no ink."""
     read = classify(network, [window(ink[t], track[t], digit) for t in looks]).argmax(1)
     visible = ink[looks].sum((1, 2)) > SPECK * digit**2
-    return {"digits": np.where(visible, read, -1).tolist(), "directions": [heading(track)]}
+    return np.where(visible, read, -1).tolist()
+
+
+def read_one(clip: np.ndarray, network: nn.Module, digit: int) -> dict:
+    """What a clip of one digit shows: its digit in the first, middle and last frame; its
+    direction."""
+    ink = to_ink(clip)
+    track, looks = track_one(ink), [0, len(ink) // 2, len(ink) - 1]
+    return {
+        "digits": name_one(ink, track, looks, network, digit),
+        "directions": [heading(track)],
+    }
 
 
 # ------------------------------------------------------------------------------- reading two digits

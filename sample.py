@@ -44,6 +44,7 @@ from clips import write_clip as write_clip
 from clips import write_gallery as write_gallery
 from prompting import (
     DEFAULT,
+    SETTINGS,
     Run,
     Settings,
     backward_context,
@@ -55,6 +56,7 @@ from prompting import (
     room,
     seeded,
     stream,
+    trained_window,
 )
 from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
@@ -79,7 +81,7 @@ def animate(
     images: list[np.ndarray],
     frames: int,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["image"],
 ) -> list[np.ndarray]:
     """Images [C, 1, H, W] that move: `frames` in all, of which the image is the first."""
     return extend(run, prompts, images, frames - 1, seeds, how=how)
@@ -92,7 +94,7 @@ def extend(
     frames: int,
     seeds: list[int],
     backward: bool = False,
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["extend"],
 ) -> list[np.ndarray]:
     """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
     video, part = np.stack(clips), 0
@@ -106,7 +108,9 @@ def extend(
         known = np.arange(more + new + seen) >= more + new
         blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
         window = np.concatenate([blank, video[:, :, :seen]], axis=2)
-        made = fill(run, prompts, window, known, seeded(seeds, part), how)[:, :, more : more + new]
+        start = int(frames > new)  # more will come before it
+        made = fill(run, prompts, window, known, seeded(seeds, part), how, start=start)
+        made = made[:, :, more : more + new]
         video, frames, part = np.concatenate([made, video], axis=2), frames - new, part + 1
     return list(video)
 
@@ -119,7 +123,7 @@ def bridge(
     frames: int,
     seeds: list[int],
     prompts_end: list[str],
-    how: Settings = DEFAULT,
+    how: Settings,
 ) -> np.ndarray:
     """The `frames` between two clips: uint8 [N, C, frames, H, W]. What one window cannot hold is
     first added to both ends, half to each."""
@@ -128,7 +132,8 @@ def bridge(
     other = [seed + (1 << 48) for seed in seeds]  # not the same noise at both ends
     a = np.stack(extend(run, prompts, before, there, seeds, how=how))
     b = np.stack(extend(run, prompts_end, after, back, other, backward=True, how=how))
-    gap, seen = frames - spare, forward_context(run, a.shape[2])
+    half = -(-trained_window(run) // 2)  # of a window is for the new and for what follows
+    gap, seen = frames - spare, forward_context(run, a.shape[2], half)
     # As many frames of what follows as end a latent, and at least a latent of them, if there are.
     rest = (1 - seen - gap) % ft
     last = next((k for k in (ft + rest, rest) if 0 < k <= b.shape[2]), min(ft, b.shape[2]))
@@ -138,7 +143,8 @@ def bridge(
     known[seen : seen + gap] = False
     if gap:
         ends = None if prompts_end == prompts else prompts_end
-        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends)
+        start = int(a.shape[2] > seen)  # the first frame shown is not the first of the clip
+        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start)
         blank = made[:, :, ~known]
     new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]
     return np.concatenate(new, axis=2)
@@ -150,7 +156,7 @@ def loop(
     clips: list[np.ndarray],
     frames: int,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["loop"],
 ) -> list[np.ndarray]:
     """Clips and `frames` more that lead from their end back to their start, to be played in a
     circle."""
@@ -166,7 +172,7 @@ def connect(
     frames: int,
     seeds: list[int],
     prompts_end: list[str] | None = None,
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["connect"],
 ) -> list[np.ndarray]:
     """From one clip to another, `frames` between; with prompts_end, from one prompt to another."""
     new = bridge(run, prompts, before, after, frames, seeds, prompts_end or prompts, how)
@@ -179,7 +185,7 @@ def edit(
     clips: list[np.ndarray],
     strength: float,
     seeds: list[int],
-    how: Settings = DEFAULT,
+    how: Settings = SETTINGS["edit"],
 ) -> list[np.ndarray]:
     """SDEdit (Meng et al. 2021): noise a clip to level `strength` and make it clean again with
     another prompt. What the noise leaves stays: 0 gives the clip back, bit for bit; 1 ignores
@@ -232,7 +238,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
     say("--steps", type=int, default=DEFAULT.steps, help="sampling steps (default: %(default)s)")
-    say("--guidance", type=float, default=DEFAULT.guidance, help="1: none (default: %(default)s)")
+    strong = ", ".join(f"{how.guidance:g} for {task}" for task, how in SETTINGS.items())
+    say("--guidance", type=float, help=f"1: none (default: {strong})")
     say("--sampler", choices=["ddim", "ddpm"], default="ddim")
     say("--fps", type=int, help="frames a second (default: as trained, 10 for moving digits)")
     say(
@@ -269,7 +276,7 @@ def mistake(args: argparse.Namespace) -> str | None:
         return f"--seconds {args.seconds}: more than 0"
     if args.strength is not None and not 0 <= args.strength <= 1:
         return f"--strength {args.strength}: from 0 to 1"
-    if not abs(args.guidance) < 1e6:
+    if args.guidance is not None and not abs(args.guidance) < 1e6:
         return f"--guidance {args.guidance}: a number such as 2"
     if not 0 <= args.seed < 2**32 - args.count:
         return f"--seed {args.seed}: 0 or more, and less than 2^32"
@@ -304,7 +311,9 @@ def task_of(
 ) -> tuple[tuple[int, int, int], Callable[[list[str], list[int]], Iterator[np.ndarray]]]:
     """The size (T, H, W) of what is asked for, and what makes it: prompts, seeds -> uint8
     [N, C, n, H, W] ..."""
-    how = Settings(args.steps, args.guidance, float(args.sampler == "ddpm"))
+    task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
+    guidance = SETTINGS[task].guidance if args.guidance is None else args.guidance
+    how = Settings(args.steps, guidance, float(args.sampler == "ddpm"))
     kinds = ("extend", "loop", "connect")
     kind = next((k for k in kinds if getattr(args, k)), "new")
     kind = "backward" if args.backward else kind

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import caption_reader
 import clips
 import cost
@@ -52,6 +53,7 @@ import prompting
 import reader
 import recaption
 import sample
+import tasks
 import text
 import train
 from decode import Workers
@@ -155,6 +157,11 @@ def test_a_streamed_encoding_is_the_whole(vae, chunks):
     parts = list(vae.encode_stream(video.split(chunks, dim=2)))
     assert [part.shape[2] for part in parts] == [-(-n // 4) for n in chunks]
     assert close(torch.cat(parts, dim=2), vae.encode(video))
+
+
+def test_a_chunk_that_fills_no_latent_is_a_sentence(vae):
+    with pytest.raises(ValueError, match="3 frames: chunks after the first take 4 k frames"):
+        list(vae.encode_stream(video_of(8).split([5, 3], dim=2)))
 
 
 @pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 4], [5, 1], [1, 3, 2]])
@@ -1039,7 +1046,7 @@ def test_figures_tell_a_perfect_model_from_a_deaf_one(network, monkeypatch, tmp_
 
 def test_flops_are_those_that_are_counted():
     dit = DiT(DiTConfig(width=64, depth=2, heads=2))
-    packed = evaluate.mixed_batch(VAE(VAEConfig(width=8)), dit.config)["packed"]
+    packed = bench.mixed_batch(VAE(VAEConfig(width=8)), dit.config)["packed"]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         level = torch.full(packed.frame_clip.shape, 0.5)
         dit(packed.tokens, level, packed).square().mean().backward()
@@ -1120,14 +1127,23 @@ def test_scaling_draws_what_more_compute_brings(network, tmp_path, monkeypatch):
 
 
 def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "ROWS", 2)
-    evaluate.bench(argparse.Namespace(repeats=1))
+    monkeypatch.setattr(bench, "ROWS", 2)
+    bench.bench(argparse.Namespace(repeats=1))
     said = capsys.readouterr().out
     assert all(word in said for word in ("packed:   2 rows of 256", "padded", "encode", "decode"))
 
 
 @pytest.mark.parametrize(
-    "words", [["prompts", "--run", "no/where"], ["prompts", "--ones", "0"], ["dance"], []]
+    "words",
+    [
+        ["prompts", "--run", "no/where"],
+        ["prompts", "--ones", "0"],
+        ["prompting", "--run", "no/where"],
+        ["prompting", "--clips", "0"],
+        ["prompting", "--minutes", "0"],
+        ["dance"],
+        [],
+    ],
 )
 def test_a_mistake_is_one_line(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
@@ -1438,6 +1454,28 @@ def test_extend_uses_what_is_given(run):
     assert not np.array_equal(one, two)
 
 
+def test_only_the_beginning_of_a_clip_starts_at_time_0(run, monkeypatch):
+    """A caption says how a clip sets out; a window from later on says that it is one."""
+    starts, inner = [], prompting.packed_denoiser
+
+    def spy(run, captions, grid, given=None, start=0):
+        starts.append(start)
+        return inner(run, captions, grid, given, start)
+
+    monkeypatch.setattr(prompting, "packed_denoiser", spy)
+
+    def of(task, *words, **more) -> list[int]:
+        starts.clear()
+        task(run, PROMPT, *words, how=QUICK, **more)
+        return starts[::2]  # of each two, with and without the caption
+
+    short, long = [clip_of(5)], [clip_of(17)]
+    assert of(sample.extend, short, 4, [0]) == [0] and of(sample.extend, long, 4, [0]) == [1]
+    assert of(sample.extend, short, 20, [0]) == [0, 1]
+    assert of(sample.extend, long, 16, [0], backward=True) == [1, 0]
+    assert of(sample.loop, short, 8, [0]) == [0] and of(sample.loop, long, 8, [0]) == [1]
+
+
 # ------------------------------------------------------------------------------------------ editing
 
 
@@ -1517,13 +1555,14 @@ def test_positions_of_a_window_start_at_one():
 
 def test_levels_beyond_the_trained_size():
     level, held = torch.tensor([0.0, 1.0, 0.6]), torch.tensor([True, False, False])
-    plain, larger = (
-        prompting.level_table(10, level, held, ratio).flatten(1) for ratio in (1.0, 4.0)
+    smaller, plain, larger = (
+        prompting.level_table(10, level, held, ratio).flatten(1) for ratio in (0.25, 1.0, 4.0)
     )
-    for table in (plain, larger):
+    for table in (smaller, plain, larger):
         assert table[0].tolist() == level.tolist() and (table[-1] == 0).all()
         assert (table[1:] <= table[:-1]).all()
     assert (larger[1:-1, 1:] > plain[1:-1, 1:]).all()
+    assert (smaller[1:-1, 1:] < plain[1:-1, 1:]).all()  # a run trained with --shift below 1
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -1669,6 +1708,113 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
         if kind == signal.SIGTERM:
             assert job.returncode == 130 and b"Traceback" not in err and b"interrupted" in err
         assert clips.read_clip(path, 1, 8)[0].shape[1] > 20
+
+
+# ============================================================== measuring the tasks: tasks.py
+
+
+@pytest.fixture
+def job(network) -> tasks.Job:
+    """What the tasks measure, of no run at all: each test brings a stand-in for the model."""
+    return tasks.Job(None, world(0.0), network, n=40, seed=0, how={})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_truth_is_right_and_a_frozen_digit_wrong_by_its_way(job, monkeypatch, backward):
+    stood = []
+
+    def still(run, prompts, clips, frames, seeds, backward, how):
+        assert frames == 16 and {clip.shape[1] for clip in clips} == {9}
+        stood.extend(tasks.frozen(clips, frames, backward))
+        return stood
+
+    monkeypatch.setattr(tasks.sample, "extend", still)
+    tasks.extend(job, backward)
+    (figures,) = job.figures.values()
+    assert figures["baseline"] == figures["made"]
+    real, frozen = figures["real"], figures["made"]
+    assert real["seam"] == 1 and real["digit"] >= 0.93
+    seam = 16 if backward else 9
+    true = tasks.choose(job.world, 40, (25, 32, 32), lambda path: tasks.steady(path, seam)).path
+    last, way = (16, -1) if backward else (8, 1)
+    for k in (4, 8, 16):
+        name = f"pixels off after {k} frames"
+        assert real[name] < 1e-3
+        gone = np.abs(true[:, last + way * k] - true[:, last]).sum(1)
+        assert frozen[name] == pytest.approx(np.median(gone), abs=1e-3) and frozen[name] > 1
+    slow = np.abs(true[:, 1] - true[:, 0]).sum(1) == 1  # stops too, but by one pixel only
+    assert 0 < frozen["seam"] == slow.mean() < 1
+
+
+def test_a_seam_is_a_step_unlike_its_neighbours():
+    steps = np.array([[2, 2, 2, 2], [2, 2, -2, -2], [2, 2, 9, 2], [2, 0, 0, 0], [1, 1, 0, 0]])
+    tracks = np.stack([np.zeros((5, 5)), np.pad(steps, ((0, 0), (1, 0))).cumsum(1)], axis=2)
+    assert [tasks.smooth(track[None], 2) for track in tracks] == [1, 0, 0, 0, 1]
+    path = tracks.astype(int)
+    assert tasks.steady(path, 2).tolist() == [True, False, False, False, False]
+
+
+def test_clips_take_turns_and_loops_close(job):
+    chosen = tasks.choose(job.world, 80, (9, 32, 32), lambda path: np.ones(len(path), bool))
+    kinds = [(d, p.split()[-1]) for d, p in zip(chosen.digits, chosen.prompts, strict=True)]
+    assert {kinds.count(kind) for kind in kinds} == {2} and len(set(kinds)) == 40
+    other = tasks.other_digits(job.world, chosen)
+    assert (other.digits != chosen.digits).all() and np.array_equal(other.path, chosen.path)
+    assert all(str(d) in p.split() for d, p in zip(other.digits, other.prompts, strict=True))
+    offset = tasks.tracks_of(other.clips) - other.path
+    assert np.ptp(offset, axis=1).max() < 1e-3  # the pixels move as the path says
+
+
+def test_blends_are_not_loops_and_hard_cuts_are_seen(job, monkeypatch):
+    """Real loops and real connections have no seams; a blend does not go to the wall and back."""
+    monkeypatch.setattr(tasks.sample, "room", lambda run, L, task: 8)
+    monkeypatch.setattr(tasks.sample, "loop", lambda run, prompts, clips, new, seeds, how: [
+        np.concatenate([clip, clip[:, :1].repeat(new, axis=1)], axis=1) for clip in clips
+    ])  # fmt: skip
+    tasks.loop(job)
+    real, mixed, cut = job.figures["loop"].values()
+    for seam in ("seam to the new", "seam to the start"):
+        assert real[seam] == 1
+    assert real["digit"] >= 0.93 and real["pixels off half way"] < 1e-3
+    assert mixed["pixels off half way"] > 3 and cut["seam to the new"] < 0.2
+
+    monkeypatch.setattr(tasks.sample, "connect", lambda run, prompts, a, b, new, seeds, ends, how: [
+        np.concatenate([x, x[:, -1:].repeat(new, axis=1), y], axis=1)
+        for x, y in zip(a, b, strict=True)
+    ])  # fmt: skip
+    tasks.connect(job)
+    real, mixed, cut = job.figures["connect"].values()
+    assert real["seam to the new"] == real["seam from the new"] == 1 and real["changes"] >= 0.9
+    assert cut["digit before"] >= 0.9 and cut["digit after"] < 0.1 and cut["changes"] < 0.1
+    assert cut["seam from the new"] < 0.2
+    assert mixed["pixels off half way"] > 2
+
+
+def test_an_edit_is_the_new_digit_on_the_old_path(job, monkeypatch):
+    monkeypatch.setattr(tasks.sample, "edit", lambda run, prompts, clips, s, seeds, how: clips)
+    tasks.edit(job)
+    assert len(job.figures) == 4
+    for figures in job.figures.values():
+        assert figures["real"]["digit"] >= 0.93 and figures["real"]["path kept"] >= 0.95
+        assert figures["made"]["digit"] < 0.1 and figures["made"]["path kept"] == 1
+
+
+def test_the_table_as_a_user_asks_for_it(folder, network, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(folder, path)
+    monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
+    monkeypatch.setattr(tasks, "MINUTE", 200)
+    monkeypatch.setattr(tasks, "SHORT", 20)
+    words = f"evaluate.py prompting --run {path} --clips 2 --minutes 1 --steps 1"
+    monkeypatch.setattr(sys, "argv", words.split())
+    evaluate.main()
+    said = capsys.readouterr().out
+    figures = json.loads((path / "prompting.json").read_text())
+    assert set(figures) == set(tasks.BARS) and all(task in said for task in tasks.BARS)
+    assert figures["a minute"]["cost"]["megabytes, of a tenth"] < 1.5
+    assert len(figures["a minute"]["made"]["digit in tenths"]) == 10 and "not yet" in said
+    assert figures["a minute"]["real"]["speed, last tenth / first"] == pytest.approx(1, abs=0.1)
+    assert Image.open(path / "prompting.png").width > 500
 
 
 # ======================================================================================== train.py
@@ -2003,6 +2149,7 @@ def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch)
         ("--text-width 100 --out x", "--text-width"),
         ("--labelled 0 --out x", "--labelled 0.0: more than 0"),
         ("--captions none --out x", "--captions none: recaptioned or short"),
+        ("--shift 0 --out x", "--shift 0.0: above 0"),
         ("--mnist nowhere --out x", "--mnist takes the IDX files"),
         ("--rows 2 --accumulate 4 --out x", "--rows 2 cannot be dealt out"),
         ("--shard --out x", "start them with torchrun"),

@@ -116,7 +116,7 @@ class Config:
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
     given: float = 0.2  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
-    shift: float = 3.0  # above 1: more training, and more sampling steps, at high noise levels
+    shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
     # either training
     warmup: float = 0.03  # share of the steps in which the learning rate rises
@@ -461,6 +461,8 @@ def check(c: Config) -> None:
         raise ValueError(f"--labelled {c.labelled}: a share, more than 0 and at most 1")
     if c.prediction not in diffusion.PREDICTIONS:
         raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
+    if c.shift <= 0:
+        raise ValueError(f"--shift {c.shift}: above 0; 1 does not shift")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
     least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus fps "

@@ -171,6 +171,8 @@ class VAE(nn.Module):
         if cache is None:  # frame 0 gets a block of its own: itself, ft times
             self.grid(*video.shape[2:])
             video = torch.cat([video[:, :, :1].expand(-1, -1, ft - 1, -1, -1), video], dim=2)
+        elif video.shape[2] % ft:
+            raise ValueError(f"{video.shape[2]} frames: chunks after the first take {ft} k frames")
         h, cache = self.encoder(to_blocks(video, ft, fs), cache)
         mu, log_var = h.chunk(2, dim=1)
         return mu, log_var.clamp(-20, 10), cache
