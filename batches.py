@@ -34,7 +34,7 @@ from folder import Folder
 from language import Language
 from latents import Latents, Shard
 from loop import deal, rank, ranks, seeded
-from prompting import encode_given, noisy_context, to_float
+from prompting import bf16, encode_given, noisy_context, to_float
 from text import Tokenizer
 from vae import VAE
 
@@ -316,7 +316,8 @@ def encode_clips(source: Source, c, shard: Shard, done: Latents) -> None:
             clips = [draw_clip(vae, c, i, key, shape, there, []) for i, key, there in drawn]
             ahead = int(random.integers(1, FARTHEST + 1))
             for some in ([x for x in clips if x.past == 0], [x for x in clips if x.past]):
-                latents = encode_alike(vae, world, c, some, ahead) if some else []
+                with bf16(vae.mean.device):  # as in training
+                    latents = encode_alike(vae, world, c, some, ahead) if some else []
                 for clip, latent in zip(some, latents, strict=True):
                     made.setdefault(clip.index, [clip.key]).append(latent)
         shard.append([one for i, one in made.items() if i not in world.lost])

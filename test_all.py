@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import batches
 import bench
 import caption_reader
 import clips
@@ -2356,22 +2357,23 @@ def test_windows_of_an_epoch_do_not_overlap_and_differ_from_epoch_to_epoch(own):
 
 
 def test_no_clip_comes_twice_in_an_epoch_on_three_processes(own):
-    c = configured("--data", str(own), "--rows", "1", "--tokens", "120")
-    vae, tokenizer = train.make_vae(c), Tokenizer([])
-    taken, N = [], 0
+    c = configured("--data", str(own), "--rows", "3", "--tokens", "120")
+    vae, taken, N = train.make_vae(c), [], opened(own, longest=9).config.windows
     for rank in range(3):
-        found, N = opened(own, longest=9), opened(own, longest=9).config.windows
+        found = opened(own, longest=9)
+        source = batches.Source(vae, Tokenizer([]), found)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "rank", lambda rank=rank: rank)
-            patch.setattr(train, "ranks", lambda: 3)
-            mine = [train.draw_clips(vae, tokenizer, found, c, step)[0] for step in range(20)]
-            late = train.draw_clips(vae, tokenizer, opened(own, longest=9), c, 19)[0]
-        assert np.array_equal(late, mine[-1])  # a step does not depend on who did those before
-        taken += np.concatenate(mine).tolist()
-    assert len(set(taken)) == len(taken)
-    whole = min(set(range(max(taken) + 2)) - set(taken)) // N  # epochs that are over everywhere
-    assert whole >= 2
-    for epoch in range(whole):
+            patch.setattr(batches, "rank", lambda rank=rank: rank)
+            patch.setattr(batches, "ranks", lambda: 3)
+            rows = [batches.own_rows(source, c, step, 1) for step in range(8)]
+            source.world = opened(own, longest=9)
+            late = batches.own_rows(source, c, 7, 1)
+        mine = [[clip.index for clip in batches.own_clips(drawn)] for drawn in (*rows, late)]
+        assert mine[-1] == mine[-2]  # a step does not depend on who did those before
+        taken += sum(mine[:-1], [])
+    assert sorted(taken) == list(range(len(taken)))
+    assert len(taken) > 2 * N  # epochs
+    for epoch in range(len(taken) // N):
         windows = opened(own, longest=9).look_up(np.arange(epoch * N, (epoch + 1) * N))[0]
         assert sorted(windows) == list(range(N))
 
@@ -2396,16 +2398,17 @@ def test_a_clip_that_breaks_later_leaves_its_place_empty(own, tmp_path, capsys):
     c, known = configured("--data", str(root), "--images", "0", "--image-phase", "0"), Tokenizer([])
     torch.manual_seed(0)
     vae, before, after = train.make_vae(c), opened(root, images=0.0), opened(root, images=0.0)
-    whole = train.dit_batches(vae, known, before, c, 0, 3)
+    whole = batches.dit_parts(batches.Source(vae, known, before), c, 0, 3)
     for name in ("h264.mp4", "a.png"):
         (root / name).write_bytes(b"gone")
     capsys.readouterr()
-    broken = train.dit_batches(vae, known, after, c, 0, 3)
+    broken = batches.dit_parts(batches.Source(vae, known, after), c, 0, 3)
     said = capsys.readouterr().err
     assert said.count("h264.mp4") == said.count("a.png") == 1
     assert after.lost
-    for step, ((a, *_), (b, *_)) in enumerate(zip(whole, broken, strict=True)):
-        index = train.draw_clips(vae, known, before, c, step)[0].tolist()
+    for step, ((a,), (b,)) in enumerate(zip(whole, broken, strict=True)):
+        drawn = batches.own_rows(batches.Source(vae, known, before), c, step, 1)
+        index, a, b = [clip.index for clip in batches.own_clips(drawn)], a.packed, b.packed
         left = [x for i, x in zip(index, patches.unpack(a.tokens, a), strict=True)
                 if i not in after.lost]  # fmt: skip
         assert all(map(torch.equal, left, patches.unpack(b.tokens, b)))
@@ -2485,26 +2488,15 @@ def encodings_of(out: Path, c: train.Config) -> dict[int, tuple]:
     return {k: (stored.read(k, True), stored.read(k, False)) for k in stored.where}
 
 
-def same(a, b) -> bool:
-    """Two clips as they are on disk, bit for bit."""
-    return all(
-        torch.equal(x[0], y[0]) and torch.equal(x[1].isnan(), y[1].isnan()) and x[2] == y[2]
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 def test_what_is_written_to_a_shard_comes_back_and_what_was_torn_is_done_again(tmp_path):
     g, Z, ft, made = random_state(0), 3, 4, []
     for k, t in enumerate((1, 3, 5, 2)):
         shape = (2 * Z + ft, t, 2, 3)
         clip = torch.randn(shape, generator=g).half().float()
         clip[Z:] *= k % 2  # every other one has given frames
-        held = torch.full((t,), torch.nan)
-        held[0] = 0.125 if t > 1 else torch.nan
         image = torch.cat([clip[:Z, :1] + k, torch.zeros(Z + ft, 1, 2, 3)])
         image = image.half().float()
-        whole = (image, held, 0) if t == 1 else (clip, held, k % 2)
-        made.append((10 * k, (image, torch.full((1,), torch.nan), 0), whole))
+        made.append((10 * k, image, image if t == 1 else clip))
     latents.Shard(tmp_path, 0, Z).append(made[:2])
     with open(tmp_path / "00000.idx", "ab") as rows, open(tmp_path / "00000.bin", "ab") as numbers:
         rows.write(b"torn"), numbers.write(b"also")
@@ -2514,18 +2506,18 @@ def test_what_is_written_to_a_shard_comes_back_and_what_was_torn_is_done_again(t
     assert 5 not in stored and 30 in stored
     for number, first, whole in made:
         for image, clip in ((True, first), (False, whole)):
-            assert same([clip], [stored.read(number, image)])
+            assert torch.equal(clip, stored.read(number, image))
 
 
 def test_latents_on_disk_are_what_training_would_make(own, own_whole, tmp_path, monkeypatch):
     """Once by one process; once begun by the first of two, and finished by one."""
-    flags = ("--given", "0", "--later", "0", "--stage", "encode")
+    flags = ("--given", "0.5", "--later", "0.2", "--stage", "encode")
     one, other = tmp_path / "one", tmp_path / "other"
     for out in (one, other):
         out.mkdir()
         shutil.copy(own_whole / "vae.pt", out)
     own_run(own, one, *flags)
-    monkeypatch.setattr(train, "ranks", lambda: 2)
+    monkeypatch.setattr(batches, "ranks", lambda: 2)
     c = configured("--data", str(own), *flags)
     monkeypatch.setattr(train, "open_folder", lambda c: opened(own))
     own_run(own, other, *flags)
@@ -2534,19 +2526,22 @@ def test_latents_on_disk_are_what_training_would_make(own, own_whole, tmp_path, 
     own_run(own, other, *flags)
     all_of_one, all_of_other = encodings_of(one, c), encodings_of(other, c)
     found, vae = opened(own), sample.load_vae(one, "cpu")
-    N, rng = found.config.windows, np.random.default_rng(0)
+    N, given = found.config.windows, 0
     assert 0 < len(half) < N and set(all_of_one) == set(all_of_other) == set(range(N))
-    assert all(same(all_of_one[k], all_of_other[k]) for k in range(N))
+    assert all(map(torch.equal, all_of_one[k], all_of_other[k]) for k in range(N))
     for k in range(3 * N):  # of later epochs, too, whose order is another one
-        size = found.size([k], images=0.0)[0].tolist()
-        kept = all_of_one[int(found.encodings([k], 1)[0])]
-        assert list(kept[1][0].shape[2:]) == [side // 4 for side in size[1:]]
+        size, key = found.size([k], images=0.0)[0].tolist(), int(found.encodings([k], 1)[0])
+        kept = all_of_one[key]
+        assert list(kept[1].shape[2:]) == [side // 4 for side in size[1:]]
         if k >= N:  # there the windows start elsewhere
             continue
         for stored, T in zip(kept, (1, size[0]), strict=True):
-            live = train.encode_group(vae, found, c, np.array([k]), [T, *size[1:]], rng)[0]
-            assert close(stored[0], live[0], 0.05)  # half precision
-            assert torch.equal(stored[1].isnan(), live[1].isnan()) and stored[2] == live[2]
+            frames = int(found.frames([k])[0])
+            clip = batches.draw_clip(vae, c, k, key, [T, *size[1:]], frames, [])
+            given += clip.known.any()
+            if not clip.past:  # windows begin anywhere
+                assert close(stored, batches.encode_alike(vae, found, c, [clip], 0)[0], 0.05)
+    assert given > 2
 
 
 def test_the_dit_trains_from_latents_alone(own, own_whole, tmp_path, monkeypatch):

@@ -539,8 +539,7 @@ def encode(c: Config, world: Folder, out: Path, device: torch.device) -> None:
     latents.begin(folder, about_latents(c, world, vae))
     done = latents.Latents(folder, c.channels, c.time_factor)
     shard = latents.Shard(folder, rank(), c.channels)
-    with sample.bf16(device):
-        encode_clips(Source(vae, Tokenizer([]), world), c, shard, done)
+    encode_clips(Source(vae, Tokenizer([]), world), c, shard, done)
     if dist.is_initialized():
         dist.barrier()
     if rank() == 0:
