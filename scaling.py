@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+import batches
 import cost
 import evaluate
 import sample
@@ -35,16 +36,16 @@ PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving
 
 
 @torch.no_grad()
-def held_back_loss(run: sample.Run, c: train.Config, batches: int = 8) -> tuple[float, float]:
+def held_back_loss(run: sample.Run, c: train.Config, count: int = 8) -> tuple[float, float]:
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
-    world = train.make_world(c)
-    made = train.dit_parts(run.vae, run.tokenizer, world, c, HELD_BACK, batches)
+    source = batches.Source(run.vae, run.tokenizer, train.make_world(c), run.language)
+    made = batches.dit_parts(source, c, HELD_BACK, count)
     total, flops = 0.0, 0.0
     for step, parts in enumerate(made, HELD_BACK):
         for part in parts:
-            total += train.dit_loss(run.dit, part, c, step)[0].item() / batches
+            total += train.dit_loss(run.dit, part, c, step)[0].item() / count
             lengths, frames = part.packed.lengths, len(part.packed.frame_clip)
-            flops += sum(cost.step_flops(run.dit, lengths, frames)) / batches
+            flops += sum(cost.step_flops(run.dit, lengths, frames)) / count
     return total, flops
 
 

@@ -1029,7 +1029,7 @@ def test_figures_tell_a_perfect_model_from_a_deaf_one(network, monkeypatch, tmp_
         return worlds[" and " in prompts[0]].clips(seeds, size)[0]
 
     monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
-    run = SimpleNamespace(vae=VAE(VAEConfig(width=8)).eval(), world=asdict(CONFIG))
+    run = SimpleNamespace(vae=VAE(VAEConfig(width=8)).eval(), world=asdict(CONFIG), language=None)
     sheet = tmp_path / "sheet.png"
     monkeypatch.setattr(evaluate.sample, "generate", perfect)
     good = evaluate.measure_prompts(run, 40, 20, steps=7, sheet=sheet)
@@ -1843,7 +1843,8 @@ def test_train_and_sample_as_a_user_does(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "gallery.gif" in command("train.py", "--preset", "tiny", *SMALL)
+    recaptioned = "--captions", "recaptioned"
+    assert "gallery.gif" in command("train.py", "--preset", "tiny", *SMALL, *recaptioned)
     out = tmp_path / "out" / "tiny"
     assert {x.name for x in out.iterdir()} == {
         "config.json", "vae.pt", "text.pt", "dit.pt", "log.jsonl", "loss.png", "samples",
@@ -1883,7 +1884,8 @@ def weights(out: Path, stages: tuple[str, ...] = ("vae", "text", "dit")) -> dict
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stage, step):
     """Stopped by a signal inside a step, once in each stage, before and after a checkpoint."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(configured("--out", str(whole)))
+    flags = ("--captions", "recaptioned") if stage == "text" or step == 4 else ()
+    train.main(configured(*flags, "--out", str(whole)))
     loss = getattr(train, f"{stage}_loss")
 
     def interrupted(*args):
@@ -1894,10 +1896,10 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatc
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(train, f"{stage}_loss", interrupted)
     with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
-        train.main(configured("--out", str(parts)))
+        train.main(configured(*flags, "--out", str(parts)))
     loop.STOP.clear()
     monkeypatch.setattr(train, f"{stage}_loss", loss)
-    train.main(configured("--out", str(parts)))
+    train.main(configured(*flags, "--out", str(parts)))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     one, other = weights(whole), weights(parts)
@@ -2148,8 +2150,8 @@ def test_presets_build_and_have_the_size_they_say(preset, millions, monkeypatch)
         ("--shapes 32,32 --out x", "--shapes"),
         ("--width 100 --heads 3 --out x", "--width"),
         ("--text-width 100 --out x", "--text-width"),
-        ("--labelled 0 --out x", "--labelled 0.0: more than 0"),
-        ("--captions none --out x", "--captions none: recaptioned or short"),
+        ("--labelled 0 --out x", "--labelled 0.0: a share"),
+        ("--captions none --out x", "--captions none: prompts, noisy or rec"),
         ("--shift 0 --out x", "--shift 0.0: above 0"),
         ("--mnist nowhere --out x", "--mnist takes the IDX files"),
         ("--rows 2 --accumulate 4 --out x", "--rows 2 cannot be dealt out"),

@@ -108,13 +108,13 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 2000
+    steps: int = 3200
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     image_phase: float = 0.3  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
-    given: float = 0.2  # share of the clips in which some frames are given
+    given: float = 0.3  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
@@ -465,6 +465,9 @@ def check(c: Config) -> None:
         raise ValueError(f"--shift {c.shift}: above 0; 1 does not shift")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
+    if c.text_width % (2 * c.text_heads):
+        multiple = f"a multiple of {2 * c.text_heads}"
+        raise ValueError(f"--text-width {c.text_width} --text-heads {c.text_heads}: {multiple}")
     least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus fps "
     least += "pixels encodings text_steps text_batch"
     for name in least.split():
