@@ -367,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
         prompts = expand(run, prompts, (T, H, W), seeds)
         for seed, prompt in zip(seeds, prompts, strict=True):
             if prompt != args.prompt:
-                print(f"seed {seed}: {prompt}")
+                print(f"seed {seed}: {prompt!r}")
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet

@@ -1862,7 +1862,7 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     assert made.shape[:3] == (9, 24, 40) and made.std() > 0
     run = sample.load_run(out, "cpu")
     (told,) = sample.expand(run, ["a 7 moving left"], (9, 24, 40), [0])
-    assert said.startswith(f"seed 0: {told}\nwrote")
+    assert said.startswith(f"seed 0: {told!r}\nwrote")
     again = sample.generate(run, [told], (9, 24, 40), [0], steps=2)[0]
     assert np.array_equal(made.mean(-1), again.mean(0))  # command and function agree
     short = "--no-expand", "--prompt", "a 7 moving left", *size, "--out", "short.npy"
