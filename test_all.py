@@ -2070,27 +2070,6 @@ def free_port() -> int:
         return place.getsockname()[1]
 
 
-def test_a_dead_process_is_restarted_from_the_last_checkpoint(tmp_path):
-    """torchrun starts all anew when one is killed, and they go on where the last checkpoint was."""
-    script = Path(__file__).parent / "train.py"
-    small = [*SMALL, *"--steps 40 --save-every 1 --sample-every 50 --rows 2".split()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--standalone", "--max-restarts", "1", str(script)]
-    said = open(tmp_path / "said", "w")
-    job = subprocess.Popen([*torchrun, *small, "--out", str(tmp_path / "run")], stderr=said)
-    path, end = tmp_path / "run" / "dit.pt", time.time() + 240
-    while not path.exists() and time.time() < end and job.poll() is None:
-        time.sleep(0.05)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    try:
-        assert job.wait(timeout=240) == 0, (tmp_path / "said").read_text()[-2000:]
-    finally:
-        job.terminate()
-    assert torch.load(path, weights_only=True)["step"] == 40
-    assert "exitcode: -9" in (tmp_path / "said").read_text()  # it was killed in time
-
-
 def test_dealt_parts_cost_about_the_same():
     random = np.random.default_rng(0)
     for rows, parts in ((16, 4), (17, 4), (5, 5), (64, 8)):
