@@ -120,7 +120,7 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """The clips that come next, as many as could fit at all: their numbers [n], sizes [n, 3],
     counts of patches [n], and captions, None where one is to be written."""
     world, most = source.world, c.rows * c.tokens // 10
-    index = world.numbers(step, 0, 1, most)
+    index = world.numbers(step, most)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
     kinds, kind = np.unique(size, axis=0, return_inverse=True)
     count = np.array([patches.token_count(source.vae.grid(*k), c.patch) for k in kinds.tolist()])
@@ -143,17 +143,18 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 @torch.no_grad()
 def write_captions(source: Source, looks: list[tuple]) -> None:
     """Every process writes all that are missing: which clips fit depends on how long they are."""
-    missing = {}
-    for index, size, _, captions in looks:
+    missing, latents = {}, {}  # clips by size; latents by step and place
+    for step, (index, size, _, captions) in enumerate(looks):
         for k, caption in enumerate(captions):
             if caption is None:
-                missing.setdefault(tuple(size[k].tolist()), []).append((captions, k, index[k]))
+                missing.setdefault(tuple(size[k].tolist()), []).append((step, k, index[k]))
     for size, some in missing.items():
-        video = to_float(np.stack(source.world.clips([x[2] for x in some], size)[0]))
-        latents = source.vae.encode(video.to(source.vae.mean.device))  # [b, Z, t, h, w]
-        written = source.language.caption(list(latents))
-        for (captions, k, _), caption in zip(some, written, strict=True):
-            captions[k] = caption
+        video = to_float(source.world.clips([index for *_, index in some], size)[0])
+        encoded = source.vae.encode(video.to(source.vae.mean.device))  # [b, Z, t, h, w]
+        latents |= zip(((step, k) for step, k, _ in some), encoded, strict=True)
+    for step, (*_, captions) in enumerate(looks):
+        seen = [latents.get((step, k)) for k in range(len(captions))]
+        captions[:] = recaption.fill_in(source.language, captions, seen)
 
 
 def lay_out(
@@ -225,7 +226,7 @@ def encode_alike(
     (T, H, W), windows = clips[0].alike
     ft, index = c.time_factor, [clip.index for clip in clips]
     size = (T + ft * ahead, H, W) if windows else (T, H, W)
-    video = to_float(np.stack(world.clips(index, size)[0])).to(vae.mean.device)  # [b, C, T, H, W]
+    video = to_float(world.clips(index, size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
     latent = vae.encode(video)  # [b, Z, t, h, w]
     if windows:
         latent, given = latent[:, :, ahead:], []

@@ -143,7 +143,7 @@ def measure_captioner(vae: VAE, language: Language, world: data.World, clips: in
     for one in np.unique(size, axis=0):
         for group in np.array_split(np.flatnonzero((size == one).all(1)), 1 + clips // 500):
             if len(group):
-                video = to_float(np.stack(world.clips(group, one)[0]))  # [B, C, T, H, W]
+                video = to_float(world.clips(group, one)[0])  # [B, C, T, H, W]
                 for k, latent in zip(group, vae.encode(video), strict=True):
                     latents[k] = latent
     scores = {}

@@ -222,9 +222,9 @@ class World:
         """The prompts that people would write for clips `index`."""
         return [short_caption(facts) for facts in self.all_facts(index, size)]
 
-    def numbers(self, step, rank, ranks, most):
-        """The next `most` clips of one process, from those that are there for a step."""
-        return (step * ranks + rank) * most + np.arange(most)
+    def numbers(self, step, most):
+        """The `most` clips that a step may take from."""
+        return step * most + np.arange(most)
 
     def known_steps(self, step):
         """Where to begin, to know which clips a step begins with: at the step itself."""
@@ -243,10 +243,14 @@ class World:
         step images: a video's first frame is an image to a causal VAE.
         """
         T, H, W = self.size([step], images=float(step % 8 == 0))[0].tolist()
-        largest = max(self.config.durations) * max(h * w for h, w in self.config.shapes)
-        n = min(max(1, count * largest // (T * H * W)), 4 * count)
+        n = self.as_many(count, (T, H, W))
         mine = np.arange(part, n, parts)
         return self.clips(step * 4 * count + mine, (T, H, W))[0], len(mine) / n
+
+    def as_many(self, count, size):
+        """How many clips of a size have the pixels of `count` of the largest: at most 4 count."""
+        largest = max(self.config.durations) * max(h * w for h, w in self.config.shapes)
+        return min(max(1, count * largest // int(np.prod(size))), 4 * count)
 
     def examples(self, count):
         """Long clips of every shape, to measure the VAE's latents on."""

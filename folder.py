@@ -10,7 +10,7 @@ else is arithmetic on it, and a clip is a *pure function* of its number, as in d
     number --divide by N--> epoch, place --the epoch's own shuffling--> window --decode--> pixels
 
 A *window* is a part of a video that is at most `longest` frames long. So in an epoch, N numbers,
-every window comes exactly once, on one process: process r of R takes numbers r, r + R, r + 2R, ...
+every window comes exactly once, on one process: each step takes the next ones, and deals them out.
 
 Native size (the report: training at native size frames and composes better than on square crops):
 
@@ -184,7 +184,7 @@ class Folder:
         self.root, self.seed, self.workers = Path(root), seed, Workers(workers)
         index, self.broken = make_index(root, self.workers)
         self.lost, self.ready = set(), {}  # clips that could not be decoded; clips in the making
-        self.starts = [0]  # how many clips this process took before each step
+        self.starts = [0]  # how many clips were taken before each step
         self.entries, shapes = [], []
         for name, entry in index.items():
             try:
@@ -265,9 +265,9 @@ class Folder:
     def captions(self, index, size=None) -> list[str]:
         return [self.shown[file] for file in self.file[self.look_up(index)[0]]]
 
-    def numbers(self, step: int, rank: int, ranks: int, most: int) -> np.ndarray:
-        """The next clips of a process, of which it `took` some in each step before: [most]."""
-        return (self.starts[step] + np.arange(most)) * ranks + rank
+    def numbers(self, step: int, most: int) -> np.ndarray:
+        """The next clips, after those that `took` counted in each step before: [most]."""
+        return self.starts[step] + np.arange(most)
 
     def known_steps(self, step: int) -> int:
         """Where to begin, to know which clips a step begins with: where nobody has yet counted."""

@@ -319,8 +319,8 @@ def noisy_context(
     return torch.cat([diffusion.add_noise(latent, eps, level) * mask[:, :1], mask], dim=1)
 
 
-def to_float(clips: np.ndarray) -> Tensor:
-    """uint8 0 ... 255 -> [-1, 1]."""
+def to_float(clips: np.ndarray | list[np.ndarray]) -> Tensor:
+    """uint8 0 ... 255 -> [-1, 1]; a list of clips of one size is stacked."""
     return torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1
 
 

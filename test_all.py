@@ -1880,12 +1880,8 @@ def weights(out: Path, stages: tuple[str, ...] = ("vae", "text", "dit")) -> dict
     return states
 
 
-@pytest.mark.parametrize("stage, step", [("vae", 2), ("text", 2), ("dit", 2), ("dit", 4)])
-def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stage, step):
-    """Stopped by a signal inside a step, once in each stage, before and after a checkpoint."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ("--captions", "recaptioned") if stage == "text" or step == 4 else ()
-    train.main(configured(*flags, "--out", str(whole)))
+def stop_and_continue(run, stage: str, step: int) -> None:
+    """run() trains; it is stopped by a signal inside a step, then runs to its end."""
     loss = getattr(train, f"{stage}_loss")
 
     def interrupted(*args):
@@ -1894,14 +1890,23 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatc
         return loss(*args)
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train, f"{stage}_loss", interrupted)
-    with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
-        train.main(configured(*flags, "--out", str(parts)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, f"{stage}_loss", interrupted)
+        with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
+            run()
     loop.STOP.clear()
-    monkeypatch.setattr(train, f"{stage}_loss", loss)
-    train.main(configured(*flags, "--out", str(parts)))
+    run()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("stage, step", [("vae", 2), ("text", 2), ("dit", 2), ("dit", 4)])
+def test_stopped_and_continued_is_uninterrupted_bit_for_bit(tmp_path, stage, step):
+    """Stopped by a signal inside a step, once in each stage, before and after a checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ("--captions", "recaptioned") if stage == "text" or step == 4 else ()
+    train.main(configured(*flags, "--out", str(whole)))
+    stop_and_continue(lambda: train.main(configured(*flags, "--out", str(parts))), stage, step)
     one, other = weights(whole), weights(parts)
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     logs = [loop.read_log(out) for out in (whole, parts)]
@@ -2441,25 +2446,8 @@ def own_whole(own, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("stage, step", [("vae", 2), ("dit", 4)])
-def test_own_clips_stopped_and_continued_are_uninterrupted(
-    own, own_whole, tmp_path, monkeypatch, stage, step
-):
-    loss = getattr(train, f"{stage}_loss")
-
-    def interrupted(*args):
-        if args[-1] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
-
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train, f"{stage}_loss", interrupted)
-    with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
-        own_run(own, tmp_path)
-    train.STOP.clear()
-    monkeypatch.setattr(train, f"{stage}_loss", loss)
-    own_run(own, tmp_path)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def test_own_clips_stopped_and_continued_are_uninterrupted(own, own_whole, tmp_path, stage, step):
+    stop_and_continue(lambda: own_run(own, tmp_path), stage, step)
     one, other = weights(own_whole), weights(tmp_path)
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 

@@ -48,7 +48,7 @@ from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig
 from language import LanguageConfig, LanguageModel
 from loop import STOP, Stage, bare, fit, rank, ranks, read_log, seeded
-from prompting import load_language
+from prompting import load_language, to_float
 from text import Tokenizer
 from vae import VAE, VAEConfig
 
@@ -147,11 +147,6 @@ class Config:
 # --------------------------------------------------------------------------------- stage 1: the VAE
 
 
-def to_float(clips: list[np.ndarray]) -> Tensor:
-    """uint8 [C, T, H, W] each -> [B, C, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(clips)).float() / 127.5 - 1
-
-
 def vae_loss(
     model: nn.Module, world: Clips, c: Config, part: int, step: int
 ) -> tuple[Tensor, dict]:
@@ -179,8 +174,7 @@ def text_loss(
     world, tokenizer = source.world, source.tokenizer
     images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
     size = world.size([step], images=float(images))[0]
-    largest = max(c.durations) * max(h * w for h, w in world.config.shapes)
-    count = min(max(1, c.text_batch * largest // int(size.prod())), 4 * c.text_batch)
+    count = world.as_many(c.text_batch, size)
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)[:count]
     facts = world.all_facts(index, np.tile(size, (count, 1)))
     captions = [tokenizer.encode(data.descriptive_caption(fact)) for fact in facts]
