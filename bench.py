@@ -120,7 +120,7 @@ def bench(args: argparse.Namespace) -> None:
     for name, packed in batches.items():
         B, L = packed.text.shape
         tokens = sum(packed.lengths) / taken[name]
-        work = cost.step_flops(dit, packed.lengths, len(packed.frame_clip))
+        work = cost.step_flops(dit, packed.lengths, packed.words, len(packed.frame_clip))
         share = sum(work) / taken[name] / rate
         print(f"  {name}: {B:3} rows of {L} tokens, {packed.fill:.0%} full, {tokens:9,.0f} real "
               f"tokens/s, {share:.0%} of the matrix product's rate")  # fmt: skip

@@ -55,11 +55,12 @@ def parameters(model: nn.Module) -> dict[str, int]:
 # -------------------------------------------------------------------------------------------- work
 
 
-def step_flops(dit: DiT, lengths: list[int], frames: int) -> tuple[float, float]:
-    """What a training step has to compute on clips of so many tokens: in its linear maps, and in
-    attention. frames: rows of the frame table. Padding does not count: nobody asked for it."""
-    # adaLN is computed for each frame, not for each token; looking up words costs nothing.
-    times = {"modulation": frames, "level": frames, "caption": len(lengths), "words": 0}
+def step_flops(dit: DiT, lengths: list[int], words: int, frames: int) -> tuple[float, float]:
+    """What a training step has to compute on clips of so many tokens, `words` of all of them being
+    captions': in its linear maps, and in attention. frames: rows of the frame table. Padding does
+    not count: nobody asked for it."""
+    # adaLN is computed for each frame, not for each token; looking up words is no product.
+    times = {"modulation": frames, "level": frames, "summary": words, "words": 0, "place": 0}
     linear = 0
     for name, weight in dit.named_parameters():
         if weight.ndim == 2:
@@ -139,18 +140,20 @@ def long(hours: float) -> str:
 def report(
     networks: dict[str, nn.Module],
     lengths: list[list[int]],
+    words: list[int],
     frames: list[int],
     c,
 ) -> str:
-    """All figures of a training of the DiT. lengths: the tokens of each clip, of some steps;
-    frames: rows of the frame table of each of these steps; c: train.Config."""
+    """All figures of a training of the DiT. lengths: the tokens of each clip, of some steps; words,
+    frames: how many of them are captions', and the rows of the frame table, of each of these steps;
+    c: train.Config."""
     dit, peak, room = networks["dit"], *GPUS[c.gpu]
     lines = []
     for name, model in networks.items():
         parts = parameters(model)
         lines.append(f"{name}: {sum(parts.values()) / 1e6:,.1f} M parameters")
         lines += [f"  {part:28}{count:14,d}" for part, count in parts.items()]
-    work = [step_flops(dit, n, f) for n, f in zip(lengths, frames, strict=True)]
+    work = [step_flops(dit, *step) for step in zip(lengths, words, frames, strict=True)]
     linear, attention = (sum(x) / len(work) for x in zip(*work, strict=True))
     clips = sum(map(len, lengths)) / len(lengths)
     tokens = sum(map(sum, lengths)) / len(lengths)
@@ -205,7 +208,7 @@ def main():
             dit, vae = train.make_dit(c, 512), train.make_vae(c)
         t, h, w = vae.grid(T, H, W)
         n = t * (h // c.patch) * (w // c.patch) + 8  # a caption of 8 tokens
-        linear, attention = step_flops(dit, [n], 1 + t)
+        linear, attention = step_flops(dit, [n], 8, 1 + t)
         total = linear + attention
         state = sum(memory(dit, 0, torch.bfloat16).values())
         hours = 1e6 * total / (GPUS["h200"][0] * 1e12 * 0.4) / 3600

@@ -335,9 +335,25 @@ def article(digit):
     return "an" if digit == 8 else "a"
 
 
+def reading_order(digits):
+    """Two digits from left to right; from top to bottom where they start one above the other.
+
+    People name things in some order, and a caption that keeps to one says more: which of the two is
+    meant by which words. Boxes do not overlap at the start, so that one of the two is always true.
+    """
+    if len(digits) < 2:
+        return digits
+    (row0, column0), (row1, column1) = (d["start"] for d in digits)
+    aside = abs(column0 - column1) >= abs(row0 - row1)
+    return digits if (column0 < column1 if aside else row0 < row1) else digits[::-1]
+
+
 def short_caption(facts):
     """The prompt that people write: "a 3 moving up and an 8 moving right"."""
-    told = (f"{article(d['digit'])} {d['digit']} moving {d['direction']}" for d in facts["digits"])
+    told = (
+        f"{article(d['digit'])} {d['digit']} moving {d['direction']}"
+        for d in reading_order(facts["digits"])
+    )
     return " and ".join(told)
 
 
@@ -347,7 +363,8 @@ def noisy_caption(facts, u):
     if u[0] < 0.5:
         return short_caption(facts)
     told = []
-    for d, (name, way) in zip(facts["digits"], u[1:].reshape(2, 2), strict=False):
+    digits = reading_order(facts["digits"])
+    for d, (name, way) in zip(digits, u[1:].reshape(2, 2), strict=False):
         k = d["digit"]
         names = (f"{article(k)} {k}", f"{k}", NUMBERS[k], f"{article(k)} {NUMBERS[k]}", "digit")
         ways = (f" moving {d['direction']}", f" going {d['direction']}", f" {d['direction']}",
@@ -359,14 +376,13 @@ def noisy_caption(facts, u):
 def descriptive_caption(facts):
     """All that can be seen: digit, start, direction, speed, what it does at the walls, length.
 
-    Two digits come in the order of their places, as one reads: from the pixels alone, nobody could
-    tell which was named first. And an image shows where a digit is, but not where it goes.
+    An image shows where a digit is, but not where it goes.
     """
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     wall = {"left": "left wall", "right": "right wall", "up": "top wall", "down": "bottom wall"}
     still = facts["frames"] == 1
     sentences = []
-    for d in sorted(facts["digits"], key=lambda d: (REGIONS.index(d["region"]), d["start"])):
+    for d in reading_order(facts["digits"]):
         text, way = f"{article(d['digit'])} {d['digit']}", d["direction"]
         if still:
             sentences.append(f"{text} at the {d['region']}.")

@@ -68,6 +68,7 @@ def add_noise(clean: Tensor, eps: Tensor, level: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the training
 
 PREDICTIONS = ("x", "v", "eps")
+LOGIT_MEAN = 0.5  # of the logit-normal training levels, before they are shifted
 
 
 def to_clean(output: Tensor, x: Tensor, level: Tensor, prediction: str) -> Tensor:
@@ -96,10 +97,16 @@ def loss_weight(level: Tensor, most: float = 5.0) -> Tensor:
 
 
 def training_levels(count: int, generator: torch.Generator) -> Tensor:
-    """One level for each of `count` clips [count], spread evenly over [0, 1] so that the loss is
-    less noisy from step to step: each clip draws from a slice of its own, in shuffled order."""
+    """One level for each of `count` clips [count]: logit-normal (Esser et al. 2024, "Scaling
+    rectified flow transformers", section 3.1). Where there is hardly any noise, or nothing but
+    noise, the caption says little that the network could use; in between is decided what is drawn.
+
+    Spread evenly over that distribution, so that the loss is less noisy from step to step: each
+    clip draws from a slice of its own, in shuffled order.
+    """
     slices = torch.randperm(count, generator=generator)
-    return (slices + torch.rand(count, generator=generator)) / count
+    share = (slices + torch.rand(count, generator=generator)) / count
+    return torch.sigmoid(LOGIT_MEAN + torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)))
 
 
 def denoising_error(

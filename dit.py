@@ -10,8 +10,8 @@ over the clip's patches. It knows three things that a language model doesn't:
               block. Gates start at zero, so the network starts as the identity and deepens itself.
               Here every latent frame has a noise level of its own, and a patch reads its frame's.
   what        the caption's tokens stand in front of the clip's patches, in the same sequence, and
-              attention carries them over. Their mean also joins the noise level in adaLN, so that
-              what to draw reaches every block from the first training step on.
+              attention carries them over. A summary of them also joins the noise level in adaLN,
+              so that what to draw reaches every block from the first training step on.
   where       3D rotary positions (Su et al. 2021, RoPE): the angle between a query and a key is
               their distance in time, rows and columns. There is no table of positions, so that a
               grid never seen in training is still a grid.
@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+MOST_WORDS = 256  # tokens of a caption that have a place of their own
 
 
 @dataclass
@@ -64,10 +66,9 @@ def fourier_features(level: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [F, width]
 
 
-def caption_mean(words: Tensor, is_text: Tensor, sample_id: Tensor, clips: int) -> Tensor:
-    """The mean of each clip's caption tokens: words [N, d] -> [clips, d]."""
-    owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
-    total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words[is_text])
+def mean_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
+    """The mean over each clip's caption tokens: words [M, d], of the clips owner [M] -> [clips, d]."""
+    total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words)
     return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
 
 
@@ -259,7 +260,8 @@ class DiT(nn.Module):
         self.read = nn.Linear(config.inputs, d)
         self.words = nn.Embedding(config.vocabulary, d)
         self.level = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
-        self.caption = nn.Linear(d, d)
+        self.place = nn.Embedding(MOST_WORDS, d)  # of a token in its caption
+        self.summary = nn.Sequential(nn.Linear(d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d))
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(d, 2 * d)
         self.write = nn.Linear(d, config.outputs)
@@ -274,11 +276,15 @@ class DiT(nn.Module):
             x.flatten(0, 1)[order]
             for x in (layout.text, layout.sample_id, layout.frame_id, layout.position, tokens)
         )
-        words = self.words(text.clamp(min=0))  # [N, d]
-        x = torch.where(text[:, None] >= 0, words, self.read(tokens))  # [N, d]
+        is_text, clips = text >= 0, int(layout.frame_clip[-1]) + 1
+        owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
+        place = position[is_text, 0] + torch.bincount(owner)[owner]  # [M] in its caption, from 0
+        # "3 up, 8 right" and "8 up, 3 right" have the same words: without their places, patches
+        # would be told what there is, but not which of it moves where.
+        words = self.words(text[is_text]) + self.place(place.clamp(max=MOST_WORDS - 1))  # [M, d]
+        x = self.read(tokens).type_as(words).masked_scatter(is_text[:, None], words)  # [N, d]
 
-        clips = int(layout.frame_clip[-1]) + 1
-        caption = self.caption(caption_mean(words, text >= 0, sample_id, clips))  # [clips, d]
+        caption = mean_of_each(self.summary(words).type_as(words), owner, clips)  # [clips, d]
         c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
         c = F.silu(c)
 

@@ -182,6 +182,11 @@ class Packed:
         return [end - start for _, start, _, end in self.where]
 
     @property
+    def words(self) -> int:
+        """How many tokens are text."""
+        return sum(start - text for _, text, start, _ in self.where)
+
+    @property
     def fill(self) -> float:
         """The share of places that hold a real token, text included."""
         return sum(self.lengths) / self.sample_id.numel()

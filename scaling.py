@@ -44,8 +44,8 @@ def held_back_loss(run: sample.Run, c: train.Config, count: int = 8) -> tuple[fl
     for step, parts in enumerate(made, HELD_BACK):
         for part in parts:
             total += train.dit_loss(run.dit, part, c, step)[0].item() / count
-            lengths, frames = part.packed.lengths, len(part.packed.frame_clip)
-            flops += sum(cost.step_flops(run.dit, lengths, frames)) / count
+            counts = part.packed.lengths, part.packed.words, len(part.packed.frame_clip)
+            flops += sum(cost.step_flops(run.dit, *counts)) / count
     return total, flops
 
 

@@ -79,7 +79,7 @@ class Config:
     durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.4  # share of the clips
+    two_digits: float = 0.5  # share of the clips
     images: float = 0.3  # share of the clips that are single frames
     # the VAE (vae.py)
     channels: int = 3
@@ -390,8 +390,9 @@ def dry_run(c: Config, steps: int = 4) -> str:
     first, source = max(0, c.steps - steps), Source(networks["vae"], tokenizer, world)
     drawn = [clips for clips, _ in draw_steps(source, c, first, c.steps - first)]
     lengths = [[clip.tokens for clip in clips] for clips in drawn]
+    words = [sum(len(clip.text) for clip in clips) for clips in drawn]
     frames = [sum(1 + len(clip.free) for clip in clips) for clips in drawn]
-    return cost.report(networks, lengths, frames, c)
+    return cost.report(networks, lengths, words, frames, c)
 
 
 def make_world(c: Config) -> Clips:
