@@ -67,7 +67,7 @@ def fourier_features(level: Tensor, width: int) -> Tensor:
 
 
 def mean_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
-    """The mean over each clip's caption tokens: words [M, d], of the clips owner [M] -> [clips, d]."""
+    """The mean of each clip's caption tokens: words [M, d], clip `owner` [M] -> [clips, d]."""
     total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words)
     return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
 
