@@ -15,6 +15,7 @@ folder, out/<preset>, then holds
 
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
+    captions.jsonl   what it wrote of own clips that had no caption: to read, edit and learn from
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
     log.jsonl        a line of figures every few steps; loss.png is its picture
     samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
