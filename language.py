@@ -114,7 +114,6 @@ class LanguageModel(nn.Module):
         )
         self.read = nn.Linear(config.patch**2 * config.stem, d)
         self.words = nn.Embedding(config.vocabulary, d)
-        self.beside = nn.Conv1d(d, d, 5, padding="same")
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.say = nn.Linear(d, config.vocabulary)
 
@@ -142,19 +141,14 @@ class LanguageModel(nn.Module):
         return Prefix(tokens, position, real, after)
 
     def hear(self, prompts: list[list[int]]) -> Prefix:
-        """Texts, the ids of each.
-
-        Here, too, a convolution goes first: of "a 3 moving up and an 8 moving right" each direction
-        has to know its digit, which stands two words before it.
-        """
+        """Texts, the ids of each."""
         device = self.words.weight.device
         ids = [torch.tensor(prompt, device=device) for prompt in prompts]
         real = padded([torch.ones_like(x, dtype=torch.bool) for x in ids])
         position = real.new_zeros(*real.shape, 3, dtype=torch.int64)
         position[..., 0] = torch.arange(real.shape[1])
-        x = self.words(padded(ids)) * real[..., None]  # [B, n, d]
-        x = x + F.gelu(self.beside(x.mT)).mT  # as if nothing stood beside a prompt
-        return Prefix(x, position, real, real.sum(1))
+        after = real.sum(1)
+        return Prefix(self.words(padded(ids)), position, real, after)
 
     # ------------------------------------------------------------------------ all at once: training
 
