@@ -2537,7 +2537,7 @@ def test_the_captioner_writes_what_people_did_not(own, own_whole, tmp_path, monk
     assert [json.loads(line)["file"] for line in lines] == rest
     assert set(json.loads(lines[0])) == {"file", "caption"}
     seen = prompting.load_language(out, "cpu").world
-    assert len(seen["shapes"]) == 2  # of the captioned ones alone
+    assert seen["windows"] == 2  # of the captioned ones alone
     assert sample.load_run(out, "cpu").language is None  # which can't expand a prompt
     # One line is edited, by an editor that ends without a new line, and others are deleted.
     edited = [{"file": "g.gif", "caption": "mine"}, {"file": "h264.mp4", "caption": "not this"}]
