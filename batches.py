@@ -127,7 +127,7 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     count = count[kind.reshape(-1)]  # [most]
     few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))
     index, size, count = index[:few], size[:few], count[:few]
-    if c.captions == "prompts":
+    if c.data or c.captions == "prompts":
         return index, size, count, world.captions(index, size)
     facts = world.all_facts(index, size)
     u = torch.rand(few, generator=seeded(c.seed, 8, step))

@@ -271,6 +271,8 @@ def prompts(args: argparse.Namespace) -> None:
 def language(args: argparse.Namespace) -> None:
     folder = Path(args.run) if args.run else newest_run(name="text.pt")
     vae, writer = (load(folder, "cpu") for load in (sample.load_vae, load_language))
+    if "digit" not in writer.world:
+        raise ValueError(f"{folder} learned from own clips, of which nobody knows what is true")
     config = data.WorldConfig(**writer.world)
     world = data.World(config, *digits(held_out=True), seed=args.seed)
     figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}

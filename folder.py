@@ -25,7 +25,8 @@ Native size (the report: training at native size frames and composes better than
     a video of 12 frames, unit = 4       | -- 9 --  |                     1 window, 3 spare
 
 Captions: `name.txt` beside `name.mp4`, or lines {"file": "sub/name.mp4", "caption": "a dog"} in
-captions.jsonl in the folder; none is an empty one. decode.py tells how pixels are read.
+captions.jsonl in the folder; none is an empty one. What a captioner wrote (recaption.py) stands in
+such a file elsewhere, and counts where there is no other. decode.py tells how pixels are read.
 
 Alphabet: T frames of H x W pixels; a clip is uint8 [3, T, H, W]; N windows in all.
 
@@ -38,6 +39,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -125,20 +127,26 @@ def warn(path: str | Path, reason: str) -> None:
     tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
 
 
+def read_lines(path: Path) -> dict[str, str]:
+    """{name: caption} of a captions.jsonl; nothing where there is no such file."""
+    listed = {}
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
+            listed[Path(entry["file"]).as_posix()] = " ".join(str(entry["caption"]).split())
+        except (ValueError, KeyError, TypeError):
+            form = '{"file": "a.mp4", "caption": "a dog"}'
+            raise ValueError(f"{path}, line {number}: each line is like {form}") from None
+    return listed
+
+
 def read_captions(root: Path, names: list[str]) -> list[str]:
     """The caption of each file; "" where there is none. What stands beside the file goes first."""
-    listed, path = {}, root / "captions.jsonl"
-    if path.exists():
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            try:
-                entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
-                listed[Path(entry["file"]).as_posix()] = str(entry["caption"])
-            except (ValueError, KeyError, TypeError):
-                form = '{"file": "a.mp4", "caption": "a dog"}'
-                raise ValueError(f"{path}, line {number}: each line is like {form}") from None
-        if listed and not set(listed) & set(names):
-            raise ValueError(f"{path} names none of the {len(names)} files that are there")
-    captions = []
+    path = root / "captions.jsonl"
+    listed, captions = read_lines(path), []
+    if listed and not set(listed) & set(names):
+        raise ValueError(f"{path} names none of the {len(names)} files that are there")
     for name in names:
         beside = (root / name).with_suffix(".txt")
         text = beside.read_text("utf-8", "replace") if beside.exists() else listed.get(name, "")
@@ -185,12 +193,11 @@ class Folder:
         index, self.broken = make_index(root, self.workers)
         self.lost, self.ready = set(), {}  # clips that could not be decoded; clips in the making
         self.starts = [0]  # how many clips were taken before each step
-        self.entries, shapes = [], []
+        self.entries, self.shapes = [], []
         for name, entry in index.items():
             try:
-                shapes.append(
-                    fitted(entry["height"], entry["width"], config.pixels, config.multiple)
-                )
+                shape = fitted(entry["height"], entry["width"], config.pixels, config.multiple)
+                self.shapes.append(shape)
                 self.entries.append(entry)
             except ValueError as error:
                 self.broken[name] = str(error)
@@ -198,7 +205,10 @@ class Folder:
         if not self.entries:
             raise ValueError(f"--data {root}: no file has a shape that can be used")
         self.shown = read_captions(self.root, [entry["file"] for entry in self.entries])
+        self.arrange(config)
 
+    def arrange(self, config: FolderConfig) -> None:
+        """The windows of the files that there are."""
         # F frames of ours in each file; of its windows, how many there are, and of how many frames.
         seconds = np.array([entry["seconds"] for entry in self.entries])
         self.length = np.maximum(1, (seconds * config.fps + 1e-3).astype(int))  # [files]
@@ -208,7 +218,7 @@ class Folder:
         self.file = np.repeat(np.arange(len(count)), count)  # [N]; each window's
         self.part = np.arange(len(self.file)) - (np.cumsum(count) - count)[self.file]  # 0 1 2 0 0 1
         self.spare = self.length - count * duration  # [files]
-        self.sizes = np.column_stack([duration, np.array(shapes)])[self.file]  # [N, 3]
+        self.sizes = np.column_stack([duration, np.array(self.shapes)])[self.file]  # [N, 3]
         videos = self.sizes[self.sizes[:, 0] > 1] if (duration > 1).any() else self.sizes
         common = Counter(map(tuple, videos[:, 1:].tolist()))
         told = json.dumps(
@@ -222,6 +232,45 @@ class Folder:
             files=zlib.crc32(told.encode()),
             captions=zlib.crc32(json.dumps(self.shown).encode()),
         )
+
+    # Captions that are missing, and those that somebody wrote since.
+
+    def captioned(self) -> "Folder":
+        """The same folder, as if there were only the files with a caption in it."""
+        some, keep = copy(self), [k for k, said in enumerate(self.shown) if said]
+        if not keep:
+            form = 'name.txt beside name.mp4, or captions.jsonl with {"file": ..., "caption": ...}'
+            raise ValueError(f"--data {self.root}: no file has a caption to learn from: {form}")
+        for name in ("entries", "shapes", "shown"):
+            setattr(some, name, [getattr(self, name)[k] for k in keep])
+        some.lost, some.ready, some.starts = set(), {}, [0]
+        some.arrange(self.config)
+        return some
+
+    def missing(self) -> list[int]:
+        """Which files have no caption."""
+        return [k for k, said in enumerate(self.shown) if not said]
+
+    def add_captions(self, listed: dict[str, str]) -> int:
+        """Take these for files that have none. Returns how many that are."""
+        told = {k: listed.get(self.entries[k]["file"]) for k in self.missing()}
+        told = {k: said for k, said in told.items() if said}
+        for k, said in told.items():
+            self.shown[k] = said
+        told_all = zlib.crc32(json.dumps(self.shown).encode())
+        self.config = replace(self.config, captions=told_all)
+        return len(told)
+
+    def middle(self, files: list[int]) -> list[np.ndarray | str]:
+        """A window from the middle of each file: uint8 [3, T, H, W], or why it can't be read."""
+        jobs = []
+        for k in files:
+            entry, window = self.entries[k], self.sizes[np.searchsorted(self.file, k)]
+            T, *shape = window.tolist()
+            times = entry["start"] + ((self.length[k] - T) // 2 + np.arange(T)) / self.config.fps
+            jobs.append((self.root / entry["file"], times, entry["last"], tuple(shape)))
+        started = [self.workers.submit(read_window, *job) for job in jobs]
+        return [self.workers.result(one) for one in started]
 
     # Numbers -> windows.
 
@@ -352,6 +401,12 @@ class Folder:
         each = len(self.groups(0, count))  # in every epoch
         index = self.groups(number // each, count)[number % each]
         return index, self.size(index, images=0.0)
+
+    def taught(self, step: int, parts: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The clips of each part of a batch for the captioner: a group each, of one size, together
+        about as many pixels as `count` of the largest have."""
+        count = -(-count // parts)
+        return [self.group(step * parts + part, count) for part in range(parts)]
 
     def batch(self, step: int, part: int, parts: int, count: int) -> tuple[list, float]:
         """One of `parts` of a batch, and its share of it: clips of one size, another one each step,

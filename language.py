@@ -43,6 +43,8 @@ import patches
 from dit import attend, rotary_angles, rotate
 from text import END, Tokenizer
 
+LONGEST = 128  # tokens of a text
+
 
 @dataclass
 class LanguageConfig:
@@ -154,9 +156,9 @@ class LanguageModel(nn.Module):
         self, latents: list[Tensor], captions: list, prompts: list, answers: list
     ) -> tuple[Tensor, Tensor]:
         """A batch of both trades, all texts as ids: the sum of the loss, the number of tokens."""
-        seen = self.loss(self.see(latents), captions)
-        heard = self.loss(self.hear(prompts), answers)
-        return seen[0] + heard[0], seen[1] + heard[1]
+        both = [self.loss(self.see(latents), captions)] if captions else []
+        both += [self.loss(self.hear(prompts), answers)] if prompts else []
+        return sum(total for total, _ in both), sum(count for _, count in both)
 
     def logits(self, prefix: Prefix, text: Tensor) -> Tensor:
         """text [B, k], of which the first is END -> logits [B, k, V]: which token comes next."""
@@ -191,7 +193,7 @@ class LanguageModel(nn.Module):
     # ---------------------------------------------------------------------- token by token: writing
 
     @torch.no_grad()
-    def write(self, prefix: Prefix, pick: Callable, most: int = 96) -> list[list[int]]:
+    def write(self, prefix: Prefix, pick: Callable, most: int = LONGEST) -> list[list[int]]:
         """Write a text after each prefix, of at most so many tokens: the ids, without END.
 
         pick: logits [B, V] -> ids [B], such as `greedy`.
@@ -247,15 +249,17 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """Draw from the most probable tokens that together have at least the share top_p (Holtzman et
-    al. 2019): logits [B, V], u [B] uniform in [0, 1) -> ids [B]. temperature: below 1 bolder."""
-    p, ids = (logits / temperature).softmax(-1).sort(descending=True)  # [B, V]
-    before = p.cumsum(-1) - p
-    p = torch.where(before < top_p, p, 0.0)
+def likely(logits: Tensor, least: float, u: Tensor) -> Tensor:
+    """Draw from the tokens that are at least `least` times as probable as the most probable one
+    (min-p, Nguyen et al. 2024): logits [B, V], u [B] uniform in [0, 1) -> ids [B].
+
+    Where many are about as good (a digit that the prompt does not name), any of them may come;
+    where one is nearly certain (a digit that it does), nothing else.
+    """
+    p = logits.softmax(-1)  # [B, V]
+    p = torch.where(p >= least * p.amax(-1, keepdim=True), p, 0.0)
     edge = p.cumsum(-1)  # [B, V]
-    place = (edge <= u[:, None] * edge[:, -1:]).sum(-1, keepdim=True)  # [B, 1]
-    return ids.gather(1, place)[:, 0]
+    return (edge <= u[:, None] * edge[:, -1:]).sum(-1)  # [B]
 
 
 # ----------------------------------------------------------------------------- in plain strings
@@ -294,7 +298,7 @@ class Language:
 
         def pick(logits: Tensor) -> Tensor:
             u = torch.stack([torch.rand((), generator=g) for g in random])
-            return nucleus(logits, 1.0, 0.9, u.to(logits.device))
+            return likely(logits, 0.25, u.to(logits.device))
 
         heard = [self.tokenizer.encode(asked(prompts[k], size)) for k in which]
         expanded = list(prompts)

@@ -87,6 +87,15 @@ def added(*numbers: float, device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def gathered(x) -> list:
+    """What each process has, of all of them."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * ranks()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
 def shard(model: nn.Module) -> nn.Module:
     """FSDP2: each process holds 1/N of every weight, gradient and optimizer state. The weights of a
     block are made whole just before they are needed, and dropped again."""

@@ -113,7 +113,8 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dit, saved = load_ema(Path(folder, "dit.pt"), DiT, DiTConfig, device)
     words = Tokenizer(saved["words"])
-    wanted = saved["config"].get("captions") == "recaptioned"  # else it knows short prompts alone
+    c = saved["config"]  # of own clips there is no expander; and else it knows short prompts alone
+    wanted = c.get("captions") == "recaptioned" and not c.get("data")
     language = load_language(folder, device) if wanted else None
     return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"], language)
 

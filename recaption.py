@@ -14,18 +14,28 @@ The language model (language.py) learns from the labelled tenth only: as caption
 the descriptive caption, as expander from the short to the descriptive one. Which clips are labelled
 and what is wrong with a short caption are functions of the clip's number, as all else in data.py.
 
+Of own clips (folder.py), those that have a caption teach, and the captioner writes one for each of
+the others: lines that a person can read and edit, and that training reads again.
+
 Run `python recaption.py` for clips, what was written of them, and the pairs to learn from.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 import data
+from folder import Folder, read_lines
 from language import Language, asked
+from loop import STOP, added, gathered, rank, ranks
+from prompting import to_float
 from text import Tokenizer
+from vae import VAE
 
 
 def make_tokenizer(world: data.World, share: float, size: int = 512) -> Tokenizer:
@@ -78,6 +88,36 @@ def fill_in(
     missing = [latent for x, latent in zip(captions, latents, strict=True) if x is None]
     written = iter(language.caption(missing) if missing else [])
     return [next(written) if x is None else x for x in captions]
+
+
+# ---------------------------------------------------------------------------------------- own clips
+
+
+@torch.no_grad()
+def write_missing(language: Language, vae: VAE, world: Folder, path: Path, at_once=64) -> int:
+    """A line for each file that has a caption neither of its own nor in `path`, as captions.jsonl
+    has them. Lines that are there stay as they are: edited ones, and those of a run that was
+    stopped. Returns how many were added, by all processes together."""
+    listed, written = read_lines(path), 0
+    todo = [k for k in world.missing() if world.entries[k]["file"] not in listed]
+    for first in tqdm(range(0, len(todo), at_once * ranks()), desc="captions", disable=rank() > 0):
+        mine = todo[first : first + at_once * ranks()][rank() :: ranks()]
+        clips = [(k, x) for k, x in zip(mine, world.middle(mine), strict=True)
+                 if not isinstance(x, str)]  # fmt: skip
+        latents = [vae.encode(to_float(x[None]).to(vae.mean.device))[0] for _, x in clips]
+        lines = [
+            json.dumps({"file": world.entries[k]["file"], "caption": said}, ensure_ascii=False)
+            for (k, _), said in zip(clips, language.caption(latents), strict=True)
+        ]
+        lines = sum(gathered(lines), [])
+        written += len(lines)
+        if rank() == 0:
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")  # an editor's last line
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n" * torn + "".join(line + "\n" for line in lines))
+        if added(len(STOP), device=vae.mean.device)[0]:
+            raise SystemExit(f"stopped after {written} captions; the same command continues")
+    return written
 
 
 # --------------------------------------------------------------------------------------------- demo

@@ -59,8 +59,8 @@ import text
 import train
 from decode import Workers
 from dit import DiT, DiTConfig
-from folder import INDEX, Folder, FolderConfig, fitted
-from language import Language, LanguageConfig, LanguageModel, greedy, nucleus, prefix_mask
+from folder import INDEX, Folder, FolderConfig, fitted, read_lines
+from language import Language, LanguageConfig, LanguageModel, greedy, likely, prefix_mask
 from text import Tokenizer
 from vae import VAE, VAEConfig, from_blocks, to_blocks
 
@@ -1232,18 +1232,14 @@ def test_the_loss_is_the_probability_of_each_whole_text(speaker):
     assert count == 6 and total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_nucleus_draws_from_the_few_that_are_probable():
+def test_what_is_drawn_is_about_as_likely_as_the_likeliest():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, -1)
     u = (torch.arange(4000) + 0.5) / 4000
-    for temperature, top_p, shares in (
-        (1.0, 1.0, [0.1, 0.4, 0.2, 0.3]),
-        (1.0, 0.65, [0, 4 / 7, 0, 3 / 7]),
-        (0.5, 1.0, [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
-    ):
-        drawn = torch.bincount(nucleus(logits, temperature, top_p, u), minlength=4) / 4000
+    for least, shares in ((0.0, [0.1, 0.4, 0.2, 0.3]), (0.6, [0, 4 / 7, 0, 3 / 7])):
+        drawn = torch.bincount(likely(logits, least, u), minlength=4) / 4000
         assert close(drawn, torch.tensor(shares), 1e-3)
-    assert (nucleus(logits, 1.0, 0.01, u) == greedy(logits)).all()
-    assert nucleus(logits[:1], 1.0, 1.0, torch.tensor([1 - 2**-24])).item() == 0
+    assert (likely(logits, 1.0, u) == greedy(logits)).all()
+    assert likely(logits[:1], 0.0, torch.tensor([1 - 2**-24])).item() == 3
 
 
 def test_a_captioner_that_overfits_four_clips_writes_their_captions(moving):
@@ -2533,6 +2529,120 @@ def test_the_dit_trains_from_latents_alone(own, own_whole, tmp_path, monkeypatch
         own_run(own, tmp_path, "--stage", "dit", "--given", "0.5")
 
 
+def test_the_captioner_writes_what_people_did_not(own, own_whole, tmp_path, monkeypatch):
+    root, out = tmp_path / "clips", tmp_path / "run"
+    shutil.copytree(own, root)
+    shutil.copytree(own_whole, out)
+    (out / "dit.pt").unlink()
+    (root / "h264.txt").write_text("frames that get lighter")  # the VAE doesn't mind
+    own_run(root, out, "--captions", "recaptioned")
+    found, path = opened(own), out / "captions.jsonl"
+    rest = [found.entries[k]["file"] for k in found.missing()]
+    assert len(rest) == 9 and not {"h264.mp4", "sub/vp9.webm"} & set(rest)
+    lines = path.read_text("utf-8").splitlines()
+    assert [json.loads(line)["file"] for line in lines] == rest
+    assert set(json.loads(lines[0])) == {"file", "caption"}
+    seen = prompting.load_language(out, "cpu").world
+    assert seen["windows"] == 2  # of the captioned ones alone
+    assert sample.load_run(out, "cpu").language is None  # which can't expand a prompt
+    # One line is edited, by an editor that ends without a new line, and others are deleted.
+    edited = [{"file": "g.gif", "caption": "mine"}, {"file": "h264.mp4", "caption": "not this"}]
+    path.write_text("\n".join(map(json.dumps, edited)))
+    own_run(root, out, "--stage", "text")
+    again = read_lines(path)
+    assert set(again) == {*rest, "h264.mp4"} and again["g.gif"] == "mine"
+    (out / "dit.pt").unlink()
+    taught = set()
+    real = Folder.captions
+    monkeypatch.setattr(Folder, "captions", lambda *a: [taught.add(x) or x for x in real(*a)])
+    own_run(root, out, "--stage", "dit")
+    assert {"mine", "frames that get lighter", "wide"} < taught and "not this" not in taught
+    shutil.copy(path, root / "captions.jsonl")  # or put into the folder
+    (root / "h264.txt").unlink()
+    found = opened(root)
+    said = dict(zip([entry["file"] for entry in found.entries], found.shown, strict=True))
+    assert said["g.gif"] == "mine" and said["h264.mp4"] == "not this"
+
+
+def test_the_loss_of_own_captions_is_the_same_in_parts(own):
+    c = configured("--data", str(own), "--text-batch", "4")
+    some = opened(own).captioned()
+    assert {entry["file"] for entry in some.entries} == {"h264.mp4", "sub/vp9.webm"}
+    torch.manual_seed(0)
+    words = train.make_tokenizer(some, c)
+    model = LanguageModel(LanguageConfig(3, 2, words.size, stem=8, width=32, depth=1, heads=2))
+    source = batches.Source(train.make_vae(c), words, some)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ranks", lambda: 2)
+        for step in range(3):
+            total = train.own_text_loss(model, source, c, 0, step)[0]
+            patch.setattr(train, "rank", lambda: 1)
+            total += train.own_text_loss(model, source, c, 0, step)[0]
+            patch.setattr(train, "rank", lambda: 0)
+            whole, count = 0.0, 0
+            for index, size in some.taught(step, 2, 4):
+                latents = source.vae.encode(prompting.to_float(some.clips(index, size)[0]))
+                told = [words.encode(said) for said in some.captions(index)]
+                assert all(said in ("wide", "frames that get brighter")
+                           for said in some.captions(index))  # fmt: skip
+                loss = model.loss(model.see(list(latents)), told)
+                whole, count = whole + loss[0], count + loss[1]
+            assert close(total, whole / count)
+
+
+def test_a_folder_without_captions_teaches_no_captioner(own, own_whole, tmp_path):
+    (tmp_path / "clips").mkdir()
+    shutil.copy(own / "a.png", tmp_path / "clips")
+    with pytest.raises(ValueError, match="no file has a caption to learn from: name.txt beside"):
+        own_run(tmp_path / "clips", own_whole, "--stage", "text")
+
+
+@pytest.fixture(scope="module")
+def writes(folder, speaker, tmp_path_factory) -> Path:
+    """A run with a language model, too."""
+    path = tmp_path_factory.mktemp("writes")
+    shutil.copy(folder / "vae.pt", path)
+    words = [f" w{k}" for k in range(300 - text.SPECIALS)]
+    state = {"weights": speaker.state_dict(), "ema": speaker.state_dict(), "words": words}
+    facts = {"model": asdict(speaker.config), "world": asdict(data.WorldConfig())}
+    torch.save(state | facts, path / "text.pt")
+    return path
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--caption nowhere.gif", "nowhere.gif"),
+        ("--caption words.gif", "words.gif: not a readable clip"),
+        ("--caption empty.gif", "empty.gif"),
+        ("--caption .", "."),
+        ("--caption thin.png", "thin.png: 4 x 40 pixels are too few: at least 8 x 8"),
+        ("--expand ''", "an empty prompt leaves nothing to expand"),
+        ("--expand " + 300 * "x", "the prompt is 301 tokens long: at most"),
+        ("--expand 7 --seed -1", "--seed is 0 or more"),
+        ("--expand 7 --frames 0", "--frames 1 or more"),
+        ("--expand 7 --run bare", "bare/text.pt: train there first"),
+        ("--expand 7 --run nowhere", "nowhere/text.pt: train there first"),
+        ("--expand 7 --run own", "own learned from own clips: it captions, and nothing else"),
+    ],
+)
+def test_text_py_says_in_a_line_what_is_wrong(writes, tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.gif").write_text("not a clip")
+    (tmp_path / "empty.gif").touch()
+    Image.new("L", (40, 4)).save(tmp_path / "thin.png")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "own").mkdir()
+    saved = torch.load(writes / "text.pt", weights_only=True)
+    saved["world"] = {"durations": (9,), "shapes": ((32, 32),)}
+    torch.save(saved, tmp_path / "own" / "text.pt")
+    with pytest.raises(SystemExit) as stopped:
+        text.command(["--run", str(writes), *shlex.split(words)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    assert said.err.count("\n") == 1 and says in said.err
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -2541,6 +2651,7 @@ def test_the_dit_trains_from_latents_alone(own, own_whole, tmp_path, monkeypatch
         ("--data OWN --tokens 20", "raise that, or lower --pixels or --durations"),
         ("--data OWN --durations 16", "the VAE takes 1 + 4 k frames"),
         ("--data OWN --fps 0", "--fps 0: at least 1"),
+        ("--data OWN --captions noisy", "--captions noisy is for moving digits"),
         ("--data BAD", "captions.jsonl, line 2: each line is like"),
         ("--data BROKEN", "none of its 1 files can be read"),
     ],

@@ -105,7 +105,7 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="with --expand: what chance adds")
     args = parser.parse_args(argv)
     try:
-        if args.seed < 0 or (args.frames or 1) < 1:
+        if args.seed < 0 or args.frames is not None and args.frames < 1:
             raise ValueError("--seed is 0 or more, --frames 1 or more")
         folder = args.run or prompting.newest_run(name="text.pt")
         language = prompting.load_language(folder, "cpu")
@@ -117,6 +117,10 @@ def command(argv: list[str]) -> None:
             latent = vae.encode(prompting.to_float(clip[None]))  # [1, Z, t, h, w]
             print(language.caption(list(latent))[0])
         else:
+            if "digit" not in world:
+                raise ValueError(f"{folder} learned from own clips: it captions, and nothing else")
+            if not args.expand.strip():
+                raise ValueError("--expand: an empty prompt leaves nothing to expand")
             if (count := len(language.tokenizer.encode(args.expand))) > sample.MOST_WORDS:
                 raise ValueError(f"the prompt is {count} tokens long: at most {sample.MOST_WORDS}")
             size = (args.frames or max(world["durations"]), *world["shapes"][0])

@@ -15,6 +15,7 @@ folder, out/<preset>, then holds
 
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
+    captions.jsonl   what it wrote of own clips that had no caption: to read, edit and learn from
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
     log.jsonl        a line of figures every few steps; loss.png is its picture
     samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
@@ -45,8 +46,8 @@ import recaption
 import sample
 from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips, own_rows
 from dit import DiT, DiTConfig
-from folder import Folder, FolderConfig
-from language import LanguageConfig, LanguageModel
+from folder import Folder, FolderConfig, read_lines
+from language import LONGEST, LanguageConfig, LanguageModel
 from loop import STOP, Stage, bare, fit, rank, ranks, read_log, seeded
 from prompting import load_language, to_float
 from text import Tokenizer
@@ -185,6 +186,35 @@ def text_loss(
     seen = list(source.vae.encode(video))  # [Z, t, h, w] each
     total, _ = model(seen, captions[mine], told[mine], answers[mine])
     return total / tokens, {"clips": count}
+
+
+def own_text_loss(
+    model: nn.Module, source: Source, c: Config, part: int, step: int
+) -> tuple[Tensor, dict]:
+    """The same of own clips, all of which have a caption. Nobody wrote a short and a long one of
+    the same clip, so that there is no expander."""
+    part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
+    world, tokenizer = source.world, source.tokenizer
+    groups = world.taught(step, parts, c.text_batch)
+
+    def told(index: np.ndarray) -> list[list[int]]:
+        return [tokenizer.encode(said)[: LONGEST - 1] for said in world.captions(index)]
+
+    tokens = sum(len(text) + 1 for index, _ in groups for text in told(index))
+    coming = [world.taught(step + k, parts, c.text_batch)[part] for k in range(8)]
+    for index, size in coming:
+        clips = world.clips(index, size)[0]
+        here = [j for j, number in enumerate(index.tolist()) if number not in world.lost]
+        if here:  # else the whole group is broken: the next one instead
+            break
+    else:
+        raise ValueError(f"{world.root}: not one of many clips can be read any more")
+    world.prefetch(*coming[1])  # decoded while we learn
+    video = to_float([clips[j] for j in here]).to(source.vae.mean.device)
+    with torch.no_grad():
+        seen = list(source.vae.encode(video))  # [Z, t, h, w] each
+    total, _ = model(seen, told(index[here]), [], [])
+    return total / tokens, {"clips": sum(len(index) for index, _ in groups)}
 
 
 # --------------------------------------------------------------------------------- stage 3: the DiT
@@ -370,7 +400,10 @@ def main(c: Config) -> None:
         if c.stage in ("vae", "all"):
             train_vae(c, world, facts, out, device)
         if c.stage == "text" or (c.stage, c.captions) == ("all", "recaptioned"):
-            train_text(c, world, facts, out, device)
+            if c.data:
+                caption_folder(c, world, facts, out, device)
+            else:
+                train_text(c, world, facts, out, device)
         if c.stage == "encode":
             encode(c, world, out, device)
         if c.stage in ("dit", "all"):
@@ -425,7 +458,7 @@ def open_folder(c: Config) -> Folder:
 
 
 def make_tokenizer(world: Clips, c: Config) -> Tokenizer:
-    if c.captions != "prompts":
+    if c.captions != "prompts" and not c.data:
         return recaption.make_tokenizer(world, c.labelled)
     index = np.arange(5000)
     return Tokenizer.from_captions(world.captions(index, world.size(index)), 4096)
@@ -450,8 +483,8 @@ def check(c: Config) -> None:
         raise ValueError("--stage encode is for --data: moving digits are made faster than read")
     if c.captions not in ("prompts", "noisy", "recaptioned"):
         raise ValueError(f"--captions {c.captions}: prompts, noisy or recaptioned")
-    if c.data and (c.stage == "text" or c.captions != "prompts"):
-        raise ValueError("--data comes with its own captions: --captions prompts, no --stage text")
+    if c.data and c.captions == "noisy":
+        raise ValueError("--captions noisy is for moving digits: --data comes with its own")
     if not 0 < c.labelled <= 1:
         raise ValueError(f"--labelled {c.labelled}: a share, more than 0 and at most 1")
     if c.prediction not in diffusion.PREDICTIONS:
@@ -504,12 +537,13 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
         clips = map(to_float, world.examples(c.vae_batch))
         averaged.measure_statistics(clip.to(device) for clip in clips)
 
-    facts = facts | {"model": asdict(vae.config)}
+    sees = {name: value for name, value in facts["world"].items() if name != "captions"}
+    facts = facts | {"world": sees, "model": asdict(vae.config)}  # other captions: the same VAE
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, loss, facts, finish=measure), c, out, device)
 
 
-def train_text(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
-    tokenizer = recaption.make_tokenizer(world, c.labelled)
+def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
+    tokenizer = make_tokenizer(world, c) if c.data else recaption.make_tokenizer(world, c.labelled)
     source = Source(sample.load_vae(out, device), tokenizer, world)
     torch.manual_seed(c.seed + 2)  # initial weights
     sizes = c.channels, c.patch, tokenizer.size
@@ -517,10 +551,23 @@ def train_text(c: Config, world: data.World, facts: dict, out: Path, device: tor
     model = LanguageModel(LanguageConfig(*sizes, **shape))
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
-        return text_loss(model, source, c, part, step)
+        return (own_text_loss if c.data else text_loss)(model, source, c, part, step)
 
     facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
     fit(Stage("text", model, c.text_steps, c.text_lr, loss, facts), c, out, device)
+
+
+def caption_folder(c: Config, world: Folder, facts: dict, out: Path, device) -> None:
+    """Learn from the files that have a caption, and write out/captions.jsonl for the others."""
+    if c.stage == "all" and len(world.missing()) in (0, len(world.shown)):
+        return  # nothing to write, or to learn from
+    some = world.captioned()
+    train_text(c, some, facts | {"world": asdict(some.config)}, out, device)
+    language, vae = load_language(out, device), sample.load_vae(out, device)
+    written = recaption.write_missing(language, vae, world, out / "captions.jsonl")
+    if rank() == 0:
+        print(f"wrote {written} captions to {out / 'captions.jsonl'}: read and edit them; the "
+              "transformer learns from them where a file has no caption of its own")  # fmt: skip
 
 
 def about_latents(c: Config, world: Folder, vae: VAE) -> dict:
@@ -545,8 +592,13 @@ def encode(c: Config, world: Folder, out: Path, device: torch.device) -> None:
 
 
 def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
+    if c.data:
+        count = world.add_captions(read_lines(out / "captions.jsonl"))
+        facts = facts | {"world": asdict(world.config)}
+        if count and rank() == 0:
+            print(f"{count} more files have captions, in {out / 'captions.jsonl'}", flush=True)
     source = Source(sample.load_vae(out, device), make_tokenizer(world, c), world)
-    if c.captions == "recaptioned":
+    if c.captions == "recaptioned" and not c.data:
         source.language = load_language(out, device)
     if c.data and (folder := out / "latents").exists():
         latents.complete(folder, about_latents(c, world, source.vae))
