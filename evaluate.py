@@ -269,7 +269,7 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def language(args: argparse.Namespace) -> None:
-    folder = Path(args.run) if args.run else newest_run(name="text.pt")
+    folder = Path(args.run) if args.run else newest_run(name="text")
     vae, writer = (load(folder, "cpu") for load in (sample.load_vae, load_language))
     config = data.WorldConfig(**writer.world)
     world = data.World(config, *digits(held_out=True), seed=args.seed)

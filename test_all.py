@@ -57,6 +57,7 @@ import sample
 import tasks
 import text
 import train
+import weights as weights_of
 from decode import Workers
 from dit import DiT, DiTConfig
 from folder import INDEX, Folder, FolderConfig, fitted
@@ -1918,6 +1919,96 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train.main(configured("--out", str(tmp_path), "--stage", "vae"))
     with pytest.raises(ValueError, match="model width = 16, and not 24"):
         train.main(configured("--out", str(tmp_path), "--stage", "vae", "--vae-width", "24"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of all three networks, and the same exported."""
+    pytest.importorskip("safetensors")
+    out = tmp_path_factory.mktemp("trained")
+    train.main(configured("--captions", "recaptioned", "--out", str(out)))
+    train.main(configured("--stage", "export", "--out", str(out)))
+    return out
+
+
+def only(trained: Path, folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        shutil.copy(trained / name, folder)
+    return folder
+
+
+def test_exported_weights_are_read_back_and_sample_the_same(trained, tmp_path):
+    safe = [f"{name}.safetensors" for name in ("vae", "text", "dit")]
+    exported = only(trained, tmp_path / "exported", *safe)
+    runs = [sample.load_run(folder, "cpu") for folder in (trained, exported)]
+    assert runs[0].language and runs[1].config["captions"] == "recaptioned"
+    for of in ("vae", "dit"):
+        a, b = (getattr(run, of).state_dict() for run in runs)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    told = [sample.expand(run, PROMPT, (9, 24, 24), [0]) for run in runs]
+    pairs = zip(runs, told, strict=True)
+    made = [sample.generate(run, t, (9, 24, 24), [0], steps=2)[0] for run, t in pairs]
+    assert told[0] == told[1] and np.array_equal(*made)
+    assert evaluate.real_clips(data.WorldConfig(**runs[1].world), 6, 2, seed=0)
+    assert weights_of.newest_run(str(tmp_path)) == exported
+    line = f'--prompt "a 7 moving left" --frames 1 --out {tmp_path / "image.png"}'
+    assert command(exported, line)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "stage, kind",
+    [("vae", "a folder"), ("text", ".safetensors"), ("dit", "a folder"), ("dit", ".pt")],
+)
+def test_training_starts_from_given_weights(trained, tmp_path, monkeypatch, stage, kind):
+    """It starts with exactly the EMA weights, at step 0; continued, it no longer looks there."""
+    given = only(trained, tmp_path / "given", *(x.name for x in trained.glob("*.[ps]*t*")))
+    from_ = given if kind == "a folder" else given / (stage + kind)
+    flags = ["--stage", stage, "--steps", "4", "--vae-steps", "4", "--out", str(tmp_path / "new")]
+    only(trained, tmp_path / "new", *([] if stage == "vae" else ["vae.pt"]))
+    flags += ["--captions", "prompts" if stage != "text" else "recaptioned", "--seed", "7"]
+    begun, fit = {}, loop.fit
+
+    def looked_at(stage, *args):
+        begun.update(deepcopy(stage.model.state_dict()), words=stage.facts.get("words"))
+        return fit(stage, *args)
+
+    monkeypatch.setattr(train, "fit", looked_at)
+    train.main(configured(*flags, "--init-from", str(from_)))
+    saved = torch.load(trained / f"{stage}.pt", weights_only=True)
+    assert begun.pop("words") == saved.get("words")
+    assert begun.keys() == saved["ema"].keys()
+    assert all(torch.equal(begun[k], saved["ema"][k]) for k in begun)
+    shutil.rmtree(given)
+    after = torch.load(tmp_path / "new" / f"{stage}.pt", weights_only=True)
+    train.main(configured(*flags, "--init-from", str(from_)))  # finished, and what it learned stays
+    again = torch.load(tmp_path / "new" / f"{stage}.pt", weights_only=True)
+    assert all(torch.equal(after["weights"][k], again["weights"][k]) for k in after["weights"])
+
+
+def test_weights_that_do_not_fit_are_one_line(trained, tmp_path, monkeypatch, capsys):
+    def said(flags: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            train.command(configured(*flags.split(), "--out", str(tmp_path / "new")))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len([x for x in lines if "train.py: " in x]) == 1
+        return lines[-1]
+
+    wider = said(f"--stage vae --init-from {trained} --vae-width 24")
+    assert "vae.pt is not of this VAE: " in wider and "there and [24" in wider
+    other = said(f"--stage vae --init-from {trained / 'dit.safetensors'}")
+    assert "dit.safetensors is not of this VAE: " in other and "more)" in other
+    assert "say --stage vae, text or dit" in said(f"--init-from {trained / 'dit.pt'}")
+    assert "not a checkpoint of ours" in said(f"--stage vae --init-from {HERE / 'digits.png'}")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08" + bytes(20))
+    assert "not a checkpoint" in said(f"--stage vae --init-from {tmp_path / 'bad.safetensors'}")
+    assert "no nowhere" in said("--stage vae --init-from nowhere")
+    assert "no vae, text or dit is in" in said(f"--stage vae --init-from {HERE}")
+    assert "nothing to export" in said("--stage export")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in said(
+        f"--stage vae --init-from {trained / 'vae.safetensors'}"
+    )
 
 
 def child_of(work, *arguments, said: Path = Path(os.devnull)) -> int:

@@ -15,6 +15,7 @@ folder, out/<preset>, then holds
 
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
+    *.safetensors    EMA weights alone, as `--stage export` makes them of each .pt (weights.py)
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
     log.jsonl        a line of figures every few steps; loss.png is its picture
     samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
@@ -43,6 +44,7 @@ import latents
 import patches
 import recaption
 import sample
+import weights
 from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips, own_rows
 from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig
@@ -64,8 +66,9 @@ class Config:
     """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
-    stage: str = "all"  # vae, text, dit; all that are needed; or encode (own clips, before dit)
+    stage: str = "all"  # vae, text, dit; all needed; encode (own clips, before dit); or export
     out: str = ""  # the run's folder; out/<preset> if left out
+    init_from: str = ""  # another run's folder, or a file of weights: what training starts from
     mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
     # own clips (folder.py)
@@ -348,8 +351,11 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def main(c: Config) -> None:
     check(c)
+    out = Path(c.out or f"out/{c.preset}")
     if c.dry_run:
         return print(dry_run(c))
+    if c.stage == "export":
+        return print("wrote", ", ".join(map(str, weights.export(out))))
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -359,7 +365,6 @@ def main(c: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
     world = make_world(c)
-    out = Path(c.out or f"out/{c.preset}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         part = out / "config.part"
@@ -443,8 +448,12 @@ def make_dit(c: Config, vocabulary: int) -> DiT:
 
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
-    if c.stage not in ("all", "vae", "text", "dit", "encode"):
-        raise ValueError(f"--stage {c.stage}: vae, text, dit, all or encode")
+    if c.stage not in ("all", "vae", "text", "dit", "encode", "export"):
+        raise ValueError(f"--stage {c.stage}: vae, text, dit, all, encode or export")
+    if Path(c.init_from).is_file() and c.stage not in weights.STAGES:
+        raise ValueError(
+            f"--init-from {c.init_from} is of one network: say --stage vae, text or dit"
+        )
     if c.stage == "encode" and not c.data:
         raise ValueError("--stage encode is for --data: moving digits are made faster than read")
     if c.captions not in ("prompts", "noisy", "recaptioned"):
@@ -492,9 +501,28 @@ def check(c: Config) -> None:
             patches.token_count(vae.grid(T, H, W), c.patch)
 
 
+def starting_from(c: Config, out: Path, name: str) -> dict:
+    """The weights that --init-from has for a network, and what else is in their file; {} where it
+    has none. What was trained here already comes first: it goes on. A network keeps the words that
+    its embeddings are of; other words can still be spelled."""
+    if not c.init_from:
+        return {}
+    saved = [path for path in (out / f"{name}.pt", out / f"{name}.before.pt") if path.exists()]
+    path = saved[0] if saved else Path(c.init_from)
+    if path.is_dir():
+        found = [weights.find(path, other) for other in weights.STAGES]
+        if not any(other.exists() for other in found):
+            raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")
+        path = weights.find(path, name)
+        if not path.exists():  # it did not train this one
+            return {}
+    return weights.read(path, "cpu") | {"path": path}
+
+
 def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(c.seed)  # initial weights
-    vae = make_vae(c)
+    vae, start = make_vae(c), starting_from(c, out, "vae")
+    weights.begin_with(vae, start)
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         return vae_loss(model, world, c, part, step)
@@ -508,12 +536,14 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
 
 
 def train_text(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
-    tokenizer = recaption.make_tokenizer(world, c.labelled)
+    start = starting_from(c, out, "text")
+    tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world, c.labelled).words)
     source = Source(sample.load_vae(out, device), tokenizer, world)
     torch.manual_seed(c.seed + 2)  # initial weights
     sizes = c.channels, c.patch, tokenizer.size
     shape = {"width": c.text_width, "depth": c.text_depth, "heads": c.text_heads}
     model = LanguageModel(LanguageConfig(*sizes, **shape))
+    weights.begin_with(model, start)
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         return text_loss(model, source, c, part, step)
@@ -544,14 +574,17 @@ def encode(c: Config, world: Folder, out: Path, device: torch.device) -> None:
 
 
 def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
-    source = Source(sample.load_vae(out, device), make_tokenizer(world, c), world)
+    start = starting_from(c, out, "dit")
+    tokenizer = Tokenizer(start.get("words") or make_tokenizer(world, c).words)
+    source = Source(sample.load_vae(out, device), tokenizer, world)
     if c.captions == "recaptioned":
         source.language = load_language(out, device)
     if c.data and (folder := out / "latents").exists():
         latents.complete(folder, about_latents(c, world, source.vae))
         source.stored = latents.Latents(folder, c.channels, c.time_factor)
     torch.manual_seed(c.seed + 1)  # initial weights
-    dit = make_dit(c, source.tokenizer.size)
+    dit = make_dit(c, tokenizer.size)
+    weights.begin_with(dit, start)
     dit.recompute = c.recompute
     if c.compile:
         for block in dit.blocks:
@@ -575,7 +608,7 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     def show(averaged: DiT, step: int) -> None:
         preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
 
-    facts = facts | {"model": asdict(dit.config), "words": source.tokenizer.words}
+    facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
     averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show, large=True), c, out, device)
     if rank() == 0:
         gallery(run_of(averaged), world, out / "gallery.gif")
