@@ -30,7 +30,6 @@ import sample
 import train
 
 TIMES = (1, 4, 16)
-HELD_BACK = 10**6  # the step whose batches the loss is measured on: no training gets there
 PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving up", "a 9 moving "
            "left", "a 2 moving right")  # fmt: skip
 
@@ -39,9 +38,9 @@ PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving
 def held_back_loss(run: sample.Run, c: train.Config, count: int = 8) -> tuple[float, float]:
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
     source = batches.Source(run.vae, run.tokenizer, train.make_world(c), run.language)
-    made = batches.dit_parts(source, c, HELD_BACK, count)
+    made = batches.dit_parts(source, c, train.HELD_BACK, count)
     total, flops = 0.0, 0.0
-    for step, parts in enumerate(made, HELD_BACK):
+    for step, parts in enumerate(made, train.HELD_BACK):
         for part in parts:
             total += train.dit_loss(run.dit, part, c, step)[0].item() / count
             lengths, frames = part.packed.lengths, len(part.packed.frame_clip)

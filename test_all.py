@@ -1849,7 +1849,7 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     out = tmp_path / "out" / "tiny"
     assert {x.name for x in out.iterdir()} == {
         "config.json", "vae.pt", "text.pt", "dit.pt", "log.jsonl", "loss.png", "samples",
-        "gallery.gif",
+        "gallery.gif", "dit.best-3.pt", "dit.best-6.pt",
     }  # fmt: skip
     with Image.open(out / "gallery.gif") as gallery:
         assert gallery.n_frames == 17
@@ -2026,6 +2026,41 @@ def child_of(work, *arguments, said: Path = Path(os.devnull)) -> int:
         os._exit(status)
 
 
+def test_the_best_checkpoints_are_kept_and_survive_a_restart(tmp_path):
+    """The loss on what is held back says which; stopped in between, they are the same."""
+    flags = "--steps 12 --save-every 2 --keep 3 --lr 0.3 --sample-every 99".split()  # it wavers
+    train.main(configured("--stage", "vae", "--out", str(tmp_path / "whole")))
+    only(tmp_path / "whole", tmp_path / "parts", "vae.pt")
+    wholes, parts = (
+        [*flags, "--stage", "dit", "--out", str(tmp_path / x)] for x in ("whole", "parts")
+    )
+    measured, keep_best = {}, loop.keep_best
+
+    def noted(stage, count, best, path, step, averaged, device):
+        with torch.no_grad(), sample.bf16(device):
+            measured[step] = stage.measure(averaged)
+        return keep_best(stage, count, best, path, step, averaged, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "keep_best", noted)
+        train.main(configured(*wholes))
+    stop_and_continue(lambda: train.main(configured(*parts)), "dit", 6)  # saves between, too
+    assert list(measured) == [2, 4, 6, 8, 10, 12]
+    best = sorted(measured, key=measured.get)[:3]
+    for out in (tmp_path / "whole", tmp_path / "parts"):
+        kept = {int(x.stem.split("-")[1]): x for x in out.glob("dit.best-*.pt")}
+        assert kept.keys() == set(best)
+        saved = torch.load(out / "dit.pt", weights_only=True)
+        assert [step for _, step in saved["best"]] == best
+        run = sample.load_run(kept[best[0]], "cpu")  # one of them can be sampled from
+        c = replace(configured(*wholes), out=str(out))
+        source = batches.Source(run.vae, run.tokenizer, train.make_world(c))
+        with torch.no_grad(), sample.bf16(torch.device("cpu")):
+            step, aside = train.held_back(source, c)
+            again = sum(train.dit_loss(run.dit, part, c, step)[0].item() for part in aside)
+        assert again == saved["best"][0][0] == measured[best[0]]
+
+
 def test_killed_at_ten_random_moments_and_continued_is_uninterrupted(tmp_path):
     """SIGKILL leaves no time to do anything; with a checkpoint every step, it hits many of them."""
     flags = [*SMALL, "--save-every", "1", "--sample-every", "3"]
@@ -2087,7 +2122,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     _, status = os.waitpid(child_of(full, said=tmp_path / "said"), 0)
     said = [x for x in (tmp_path / "said").read_text().splitlines() if "train.py" in x]
     assert os.waitstatus_to_exitcode(status) == 2 and len(said) == 1
-    assert "dit.pt could not be written at step 3" in said[0] and "make room" in said[0]
+    assert "dit.best-3.pt could not be written at step 3" in said[0] and "make room" in said[0]
     assert not list(tmp_path.glob("dit*"))
     after = weights(tmp_path, ("vae",))
     assert all(torch.equal(before[k], after[k]) for k in before)

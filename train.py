@@ -15,6 +15,7 @@ folder, out/<preset>, then holds
 
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
+    dit.best-*.pt    the EMA weights of the few checkpoints that did best on clips held back
     *.safetensors    EMA weights alone, as `--stage export` makes them of each .pt (weights.py)
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
     log.jsonl        a line of figures every few steps; loss.png is its picture
@@ -28,7 +29,8 @@ import signal
 import sys
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,7 @@ from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
 AHEAD = 8  # steps whose batches are made at once
+HELD_BACK = 10**6  # a step whose clips are only measured on
 Clips = data.World | Folder  # an endless, numbered sequence of them
 
 # ------------------------------------------------------------------------------------ configuration
@@ -130,6 +133,7 @@ class Config:
     compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
     recompute: bool = False  # the backward pass makes activations again: slower, far less memory
     save_every: int = 200  # steps
+    keep: int = 2  # of the transformer's checkpoints, as dit.best-<step>.pt; 0: only the last
     sample_every: int = 500  # steps
     # what it would cost (cost.py)
     dry_run: bool = False  # say it, and train nothing
@@ -215,6 +219,17 @@ def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor
     bins = [round(error[fourth == k].mean().nan_to_num().item(), 4) for k in range(4)]
     logs = {"clips": len(packed.grids), "fill": packed.fill, "loss_by_level": bins}
     return error.sum() / part.patches, logs
+
+
+def held_back(source: Source, c: Config) -> tuple[int, list[Part]]:
+    """A step that no training gets to, and this process's parts of it: a loss on these, with their
+    fixed noise, tells which checkpoint is better. Of own clips none is held back: they are the
+    first of the first epoch, of any size."""
+    if not c.data:
+        return HELD_BACK, dit_parts(source, c, HELD_BACK, 1)[0]
+    world = copy(source.world)
+    world.starts = [0]  # it counts for itself
+    return 0, dit_parts(replace(source, world=world), replace(c, image_phase=0.0), 0, 1)[0]
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -476,6 +491,8 @@ def check(c: Config) -> None:
     for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
+    if c.keep < 0:
+        raise ValueError(f"--keep {c.keep}: 0 or more")
     if c.gpu not in cost.GPUS:
         raise ValueError(f"--gpu {c.gpu}: {', '.join(cost.GPUS)}")
     if not 0 < c.mfu <= 1:
@@ -589,6 +606,7 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     if c.compile:
         for block in dit.blocks:
             block.compile()
+    aside = []  # what is only measured on
     ahead = {}  # parts by step: made a few at a time, from steps that are multiples of that
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
@@ -601,6 +619,12 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return dit_loss(model, ahead[step][part], c, step)
 
+    def measure(averaged: nn.Module) -> float:
+        if not aside:  # made when it is first needed
+            aside.extend(held_back(source, c))
+        step, parts = aside
+        return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
+
     def run_of(averaged: DiT) -> sample.Run:
         networks = source.vae, averaged, source.tokenizer
         return sample.Run(*networks, facts["world"], facts["config"], source.language)
@@ -609,7 +633,8 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
         preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
 
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
-    averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show, large=True), c, out, device)
+    stage = Stage("dit", dit, c.steps, c.lr, loss, facts, show, measure=measure, large=True)
+    averaged = fit(stage, c, out, device)
     if rank() == 0:
         gallery(run_of(averaged), world, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}", end="")
