@@ -1128,6 +1128,34 @@ def test_scaling_draws_what_more_compute_brings(network, tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").exists()
 
 
+def test_scaling_takes_a_finished_run_as_its_longest(network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
+    given, out = tmp_path / "given", tmp_path / "out"
+    c = replace(configured("--seed", "5", "--out", str(given)), steps=16)
+    train.main(replace(c, stage="vae"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "STOP", [1])  # after one step
+        with pytest.raises(SystemExit, match="stopped at step 1 of dit"):
+            train.main(replace(c, stage="dit"))
+    words = ["evaluate.py", "scaling", "--run", str(given), "--ones", "6", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "has done 1 of 16 steps" in capsys.readouterr().err
+    train.main(replace(c, stage="dit"))
+    before = {x.name: x.stat().st_mtime_ns for x in given.glob("*.pt")}
+    evaluate.main()
+    assert before == {x.name: x.stat().st_mtime_ns for x in given.glob("*.pt")}
+    assert sorted(x.name for x in out.iterdir() if x.is_dir()) == ["1x", "4x"]
+    figures = json.loads((out / "scaling.json").read_text())
+    assert [(f["times"], f["steps"]) for f in figures] == [(1, 1), (4, 4), (16, 16)]
+    for times in (1, 4):
+        config = torch.load(out / f"{times}x" / "dit.pt", weights_only=True)["config"]
+        differ = {k for k, v in asdict(c).items() if config[k] != v}
+        assert differ == {"stage", "steps", "out", "keep", "sample_every"}
+        assert (out / f"{times}x" / "vae.pt").read_bytes() == (given / "vae.pt").read_bytes()
+
+
 def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROWS", 2)
     bench.bench(argparse.Namespace(repeats=1))
