@@ -269,7 +269,7 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def language(args: argparse.Namespace) -> None:
-    folder = Path(args.run) if args.run else newest_run(name="text.pt")
+    folder = Path(args.run) if args.run else newest_run(name="text")
     vae, writer = (load(folder, "cpu") for load in (sample.load_vae, load_language))
     if "digit" not in writer.world:
         raise ValueError(f"{folder} learned from own clips, of which nobody knows what is true")
@@ -332,7 +332,8 @@ def main() -> None:
     command = commands.add_parser("bench", help="how fast are training and the VAE?")
     command.add_argument("--repeats", type=int, default=7, help="the median of so many is printed")
     command = commands.add_parser("scaling", help="what does more training bring? (scaling.py)")
-    command.add_argument("--steps", type=int, default=2000, help="of the longest training")
+    command.add_argument("--run", help="a finished run: the longest of the three trainings")
+    command.add_argument("--steps", type=int, help="of the longest training (default: 2000)")
     command.add_argument("--ones", type=int, default=160, help="how many clips to read")
     command.add_argument("--out", default="out/scaling", help="a folder for runs and pictures")
     command.add_argument("train", nargs="*", help="flags of train.py, behind --")

@@ -17,8 +17,13 @@ guarantees: continued on as many processes of the same kind, a run is bit for bi
 been uninterrupted; continued on another number, it goes on with the same clips and the same noise.
 
 `Stage` is all that the loop knows of a training. Files of a stage in the run's folder: <name>.pt;
-while it trains, <name>.before.pt, the checkpoint before that; and its lines in log.jsonl. All
-processes must see the same folder.
+while it trains, <name>.before.pt, the checkpoint before that; <name>.best-<step>.pt, the EMA
+weights of the few best checkpoints, if the stage can say how good it is; and its lines in
+log.jsonl. All processes must see the same folder.
+
+Training waits while a checkpoint is written: 0.04 s for `tiny`, 4.5 s for 100 M parameters, 1.3 GB
+(on one CPU core and a disk, where 200 steps take one minute and many hours). Writing it beside the
+training would gain less than that, for a copy of everything in memory.
 """
 
 import json
@@ -158,6 +163,8 @@ class Stage:
     facts: dict  # for the checkpoint: the model's configuration, and all that sampling needs
     preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
     finish: Callable[[nn.Module], None] | None = None  # (EMA model), after the last step
+    # (EMA model): this process's share of a loss on what is not learned from, always the same
+    measure: Callable[[nn.Module], float] | None = None
     large: bool = False  # whether --shard is for it
 
 
@@ -202,7 +209,7 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
 
     optimizers = make_optimizers(model, stage.lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step, skipped = resume(stage, out, model, averaged, optimizers, device)
+    step, skipped, best = resume(stage, out, model, averaged, optimizers, device)
     wrap = dist.is_initialized() and not sharded
     wrapped = DistributedDataParallel(model) if wrap else model
     weights, means = list(model.parameters()), list(averaged.parameters())
@@ -252,7 +259,10 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
             if rank() == 0:
                 stage.preview(shown, step)
         if step % c.save_every == 0 or last or stopping:
-            path, progress = out / f"{stage.name}.pt", {"step": step, "skipped": skipped}
+            path = out / f"{stage.name}.pt"
+            if c.keep and stage.measure and not (stopping and step % c.save_every):
+                best = keep_best(stage, c.keep, best, path, step, averaged, device)
+            progress = {"step": step, "skipped": skipped, "best": best}
             save(path, progress, model, averaged, optimizers, stage.facts, last)
         if stopping:
             raise SystemExit(f"stopped at step {step} of {stage.name}; the same command continues")
@@ -261,6 +271,42 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
 
 
 # -------------------------------------------------------------------------------------------- files
+
+
+def write(path: Path, state: dict, before: Path | None = None) -> None:
+    """Written under another name first: the file is whole, or what it was, which is kept as
+    `before`."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise OSError(
+            f"{path} could not be written at step {state['step']}, with {free:.1f} GB free "
+            f"on its disk: make room, and the same command continues from what was saved before"
+        ) from error
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(part, path)
+
+
+def keep_best(
+    stage: Stage, count: int, best: list, path: Path, step: int, averaged: nn.Module, device
+) -> list:
+    """The (loss, step) of the `count` best checkpoints, of which this may be one. Its EMA weights
+    are then written; `save` deletes those that are no longer among them, once it has saved that."""
+    with torch.no_grad(), sample.bf16(device):
+        loss = added(stage.measure(averaged), device=device)[0]
+    best = sorted(best + [(loss, step)])[:count] if math.isfinite(loss) else best
+    if (loss, step) in best:
+        state = whole({"ema": averaged.state_dict()}) | {"step": step, "held_back": loss}
+        if rank() == 0:
+            write(path.with_suffix(f".best-{step}.pt"), state | stage.facts)
+    return best
 
 
 def save(
@@ -272,38 +318,27 @@ def save(
     facts: dict,
     last: bool,
 ) -> None:
-    """Written under another name first: a checkpoint is whole, or it is the one before, which stays
-    beside it until the training ends. Returns, on all processes, when it is done."""
+    """A checkpoint; the one before stays beside it until the training ends. Returns, on all
+    processes, when it is done."""
     state = {"weights": model.state_dict(), "ema": averaged.state_dict()}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     state = whole(progress | state | facts)
-    part, before = path.with_suffix(".part"), path.with_suffix(".before.pt")
+    before, best = path.with_suffix(".before.pt"), {step for _, step in progress["best"]}
     if rank() == 0:
-        try:
-            with open(part, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-            part.unlink(missing_ok=True)
-            free = shutil.disk_usage(path.parent).free / 1e9
-            raise OSError(
-                f"{path} could not be written at step {progress['step']}, with {free:.1f} GB free "
-                f"on its disk: make room, and the same command continues from what was saved before"
-            ) from error
-        if path.exists():
-            os.replace(path, before)
-        os.replace(part, path)
+        write(path, state, before)
         if last:
             before.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{path.stem}.best-*.pt"):
+            if int(old.stem.split("-")[-1]) not in best:
+                old.unlink()
     if dist.is_initialized():
         dist.barrier()
 
 
-def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> tuple[int, int]:
-    """The step that out/<name>.pt was saved at and how many were skipped, everything loaded; 0, 0
-    where there is none. A checkpoint of another configuration is an error."""
-    path, step, skipped = out / f"{stage.name}.pt", 0, 0
+def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> tuple:
+    """The step that out/<name>.pt was saved at, how many were skipped and which were best, and
+    everything loaded; 0, 0, [] where there is none. One of another configuration is an error."""
+    path, step, skipped, best = out / f"{stage.name}.pt", 0, 0, []
     before = path.with_suffix(".before.pt")
     if before.exists() and not path.exists():  # killed between two renames
         path = before
@@ -316,7 +351,7 @@ def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> tupl
                         f"{path} was trained with {kind} {name} = {was}, and not {value}: "
                         "name another folder with --out, or delete the file to begin anew"
                     )
-        step, skipped = state["step"], state.get("skipped", 0)
+        step, skipped, best = state["step"], state.get("skipped", 0), state.get("best", [])
         for network, saved in ((model, state["weights"]), (averaged, state["ema"])):
             own = network.state_dict()
             network.load_state_dict({k: sharded_as(v, own.get(k)) for k, v in saved.items()})
@@ -330,7 +365,7 @@ def resume(stage: Stage, out: Path, model, averaged, optimizers, device) -> tupl
         part = out / "log.part"
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(part, out / "log.jsonl")
-    return step, skipped
+    return step, skipped, best
 
 
 def log(out: Path, figures: dict) -> None:

@@ -36,6 +36,9 @@ from dit import DiT, DiTConfig
 from language import Language, LanguageConfig, LanguageModel
 from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
+from weights import find, load_ema
+from weights import load_checkpoint as load_checkpoint
+from weights import newest_run as newest_run
 
 CONTEXT = 0.1  # how noisy the latents are that a window takes over from the one before it
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
@@ -61,45 +64,12 @@ class Run:
         return self.dit.read.weight.device
 
 
-def newest_run(root: str = "out", name: str = "dit.pt") -> Path:
-    """The folder below `root` whose DiT was saved last."""
-    found = sorted(Path(root).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"no trained run below {root}/: python train.py --preset tiny makes one"
-        )
-    return found[-1].parent
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device) -> dict:
-    """Read one file of a run. Nothing is unpickled but tensors and plain values."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no {path}: train there first, or name another folder")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        return saved | {"model": saved["model"], "ema": saved["ema"]}
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
-
-
-def load_ema(path: Path, network: type, config: type, device: str | torch.device) -> tuple:
-    """The EMA weights of one file of a run, in a network made for them; and all else in it."""
-    saved = load_checkpoint(path, device)
-    try:
-        made = network(config(**saved["model"])).to(device).eval().requires_grad_(False)
-        made.load_state_dict(saved["ema"])
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{path} was made by another version of the code: train anew") from None
-    return made, saved
-
-
 def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
-    return load_ema(Path(folder, "vae.pt"), VAE, VAEConfig, device)[0]
+    return load_ema(find(folder, "vae"), VAE, VAEConfig, device)[0]
 
 
 def load_language(folder: str | Path, device: str | torch.device) -> Language:
-    path = Path(folder, "text.pt")
-    model, saved = load_ema(path, LanguageModel, LanguageConfig, device)
+    model, saved = load_ema(find(folder, "text"), LanguageModel, LanguageConfig, device)
     return Language(model, Tokenizer(saved["words"]), saved["world"])
 
 
@@ -109,9 +79,11 @@ def expand(run: Run, prompts: list[str], size: tuple[int, int, int], seeds: list
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read vae.pt, dit.pt and, if it learned from descriptive captions, text.pt (EMA weights)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dit, saved = load_ema(Path(folder, "dit.pt"), DiT, DiTConfig, device)
+    """The EMA weights of a VAE, a DiT and, if that learned from descriptive captions, a language
+    model. folder: or the file of one DiT in it, such as dit.best-800.pt."""
+    device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
+    path, folder = (path, path.parent) if path.is_file() else (find(path, "dit"), path)
+    dit, saved = load_ema(path, DiT, DiTConfig, device)
     words = Tokenizer(saved["words"])
     c = saved["config"]  # of own clips there is no expander; and else it knows short prompts alone
     wanted = c.get("captions") == "recaptioned" and not c.get("data")

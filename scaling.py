@@ -11,13 +11,18 @@ planned to be short: Hoffmann et al. 2022). All see the same VAE and the same ki
     fidelity     whether clips show the digit and the direction of their prompts (reader.py)
     a picture    the same prompts from the same noise, a column for each compute
 
-Run `python evaluate.py scaling`; flags of train.py go behind `--`. Stopped, it continues.
+    python evaluate.py scaling                   # flags of train.py go behind `--`
+    python evaluate.py scaling --run out/tiny    # a finished run is the longest of the three
+
+The second trains the two short ones alone, with the VAE, the seed and the flags of that run: 5/16
+of its time. Stopped, both continue.
 """
 
 import argparse
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +33,9 @@ import cost
 import evaluate
 import sample
 import train
+from weights import find
 
 TIMES = (1, 4, 16)
-HELD_BACK = 10**6  # the step whose batches the loss is measured on: no training gets there
 PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving up", "a 9 moving "
            "left", "a 2 moving right")  # fmt: skip
 
@@ -39,9 +44,9 @@ PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving
 def held_back_loss(run: sample.Run, c: train.Config, count: int = 8) -> tuple[float, float]:
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
     source = batches.Source(run.vae, run.tokenizer, train.make_world(c), run.language)
-    made = batches.dit_parts(source, c, HELD_BACK, count)
+    made = batches.dit_parts(source, c, train.HELD_BACK, count)
     total, flops = 0.0, 0.0
-    for step, parts in enumerate(made, HELD_BACK):
+    for step, parts in enumerate(made, train.HELD_BACK):
         for part in parts:
             total += train.dit_loss(run.dit, part, c, step)[0].item() / count
             counts = part.packed.lengths, part.packed.words, len(part.packed.frame_clip)
@@ -108,18 +113,34 @@ def plot(figures: list[dict], width: int = 420, height: int = 300) -> Image.Imag
     return sheet
 
 
+def finished(folder: Path) -> train.Config:
+    """What a run's transformer was trained with. ValueError if that has not ended."""
+    saved = sample.load_checkpoint(find(folder, "dit"), "cpu")
+    c = train.Config(**saved["config"])
+    if saved["step"] < c.steps:
+        raise ValueError(f"{folder} has done {saved['step']} of {c.steps} steps: finish it first")
+    return c
+
+
 def scaling(args: argparse.Namespace) -> None:
-    out, flags = Path(args.out), args.train
-    c = train.parse([*flags, "--steps", str(args.steps)])
-    train.main(train.parse([*flags, "--stage", "vae", "--out", str(out / "vae")]))
+    out, given = Path(args.out), Path(args.run) if args.run else None
+    if given and (args.steps or args.train):
+        raise ValueError("--run is trained already: leave --steps and flags of train.py out")
+    if given:
+        c = finished(given)
+    else:
+        c = train.parse([*args.train, "--steps", str(args.steps or 2000)])
+        train.main(replace(c, stage="vae", out=str(out / "vae")))
     runs, figures = {}, []
     for times in TIMES:
-        steps = max(1, args.steps * times // TIMES[-1])
-        folder = out / f"{times}x"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(out / "vae" / "vae.pt", folder / "vae.pt")
-        this = ["--stage", "dit", "--steps", str(steps), "--out", str(folder)]
-        train.main(train.parse([*flags, *this, "--sample-every", str(10**9)]))
+        steps = max(1, c.steps * times // TIMES[-1])
+        folder = given if given and times == TIMES[-1] else out / f"{times}x"
+        if folder != given:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("vae", "text") if c.captions == "recaptioned" else ("vae",):
+                shutil.copy(find(given or out / "vae", name), folder)
+            this = {"stage": "dit", "steps": steps, "out": str(folder), "keep": 0}
+            train.main(replace(c, **this, sample_every=10**9))
         run = sample.load_run(folder)
         loss, flops = held_back_loss(run, c)
         scores = evaluate.measure_prompts(run, args.ones, 0)["generated"]

@@ -57,6 +57,7 @@ import sample
 import tasks
 import text
 import train
+import weights as weights_of
 from decode import Workers
 from dit import DiT, DiTConfig
 from folder import INDEX, Folder, FolderConfig, fitted, read_lines
@@ -1133,6 +1134,34 @@ def test_scaling_draws_what_more_compute_brings(network, tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").exists()
 
 
+def test_scaling_takes_a_finished_run_as_its_longest(network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
+    given, out = tmp_path / "given", tmp_path / "out"
+    c = replace(configured("--seed", "5", "--out", str(given)), steps=16)
+    train.main(replace(c, stage="vae"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "STOP", [1])  # after one step
+        with pytest.raises(SystemExit, match="stopped at step 1 of dit"):
+            train.main(replace(c, stage="dit"))
+    words = ["evaluate.py", "scaling", "--run", str(given), "--ones", "6", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "has done 1 of 16 steps" in capsys.readouterr().err
+    train.main(replace(c, stage="dit"))
+    before = {x.name: x.stat().st_mtime_ns for x in given.glob("*.pt")}
+    evaluate.main()
+    assert before == {x.name: x.stat().st_mtime_ns for x in given.glob("*.pt")}
+    assert sorted(x.name for x in out.iterdir() if x.is_dir()) == ["1x", "4x"]
+    figures = json.loads((out / "scaling.json").read_text())
+    assert [(f["times"], f["steps"]) for f in figures] == [(1, 1), (4, 4), (16, 16)]
+    for times in (1, 4):
+        config = torch.load(out / f"{times}x" / "dit.pt", weights_only=True)["config"]
+        differ = {k for k, v in asdict(c).items() if config[k] != v}
+        assert differ == {"stage", "steps", "out", "keep", "sample_every"}
+        assert (out / f"{times}x" / "vae.pt").read_bytes() == (given / "vae.pt").read_bytes()
+
+
 def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROWS", 2)
     bench.bench(argparse.Namespace(repeats=1))
@@ -1850,7 +1879,7 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     out = tmp_path / "out" / "tiny"
     assert {x.name for x in out.iterdir()} == {
         "config.json", "vae.pt", "text.pt", "dit.pt", "log.jsonl", "loss.png", "samples",
-        "gallery.gif",
+        "gallery.gif", "dit.best-3.pt", "dit.best-6.pt",
     }  # fmt: skip
     with Image.open(out / "gallery.gif") as gallery:
         assert gallery.n_frames == 17
@@ -1922,6 +1951,96 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train.main(configured("--out", str(tmp_path), "--stage", "vae", "--vae-width", "24"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of all three networks, and the same exported."""
+    pytest.importorskip("safetensors")
+    out = tmp_path_factory.mktemp("trained")
+    train.main(configured("--captions", "recaptioned", "--out", str(out)))
+    train.main(configured("--stage", "export", "--out", str(out)))
+    return out
+
+
+def only(trained: Path, folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        shutil.copy(trained / name, folder)
+    return folder
+
+
+def test_exported_weights_are_read_back_and_sample_the_same(trained, tmp_path):
+    safe = [f"{name}.safetensors" for name in ("vae", "text", "dit")]
+    exported = only(trained, tmp_path / "exported", *safe)
+    runs = [sample.load_run(folder, "cpu") for folder in (trained, exported)]
+    assert runs[0].language and runs[1].config["captions"] == "recaptioned"
+    for of in ("vae", "dit"):
+        a, b = (getattr(run, of).state_dict() for run in runs)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    told = [sample.expand(run, PROMPT, (9, 24, 24), [0]) for run in runs]
+    pairs = zip(runs, told, strict=True)
+    made = [sample.generate(run, t, (9, 24, 24), [0], steps=2)[0] for run, t in pairs]
+    assert told[0] == told[1] and np.array_equal(*made)
+    assert evaluate.real_clips(data.WorldConfig(**runs[1].world), 6, 2, seed=0)
+    assert weights_of.newest_run(str(tmp_path)) == exported
+    line = f'--prompt "a 7 moving left" --frames 1 --out {tmp_path / "image.png"}'
+    assert command(exported, line)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "stage, kind",
+    [("vae", "a folder"), ("text", ".safetensors"), ("dit", "a folder"), ("dit", ".pt")],
+)
+def test_training_starts_from_given_weights(trained, tmp_path, monkeypatch, stage, kind):
+    """It starts with exactly the EMA weights, at step 0; continued, it no longer looks there."""
+    given = only(trained, tmp_path / "given", *(x.name for x in trained.glob("*.[ps]*t*")))
+    from_ = given if kind == "a folder" else given / (stage + kind)
+    flags = ["--stage", stage, "--steps", "4", "--vae-steps", "4", "--out", str(tmp_path / "new")]
+    only(trained, tmp_path / "new", *([] if stage == "vae" else ["vae.pt"]))
+    flags += ["--captions", "prompts" if stage != "text" else "recaptioned", "--seed", "7"]
+    begun, fit = {}, loop.fit
+
+    def looked_at(stage, *args):
+        begun.update(deepcopy(stage.model.state_dict()), words=stage.facts.get("words"))
+        return fit(stage, *args)
+
+    monkeypatch.setattr(train, "fit", looked_at)
+    train.main(configured(*flags, "--init-from", str(from_)))
+    saved = torch.load(trained / f"{stage}.pt", weights_only=True)
+    assert begun.pop("words") == saved.get("words")
+    assert begun.keys() == saved["ema"].keys()
+    assert all(torch.equal(begun[k], saved["ema"][k]) for k in begun)
+    shutil.rmtree(given)
+    after = torch.load(tmp_path / "new" / f"{stage}.pt", weights_only=True)
+    train.main(configured(*flags, "--init-from", str(from_)))  # finished, and what it learned stays
+    again = torch.load(tmp_path / "new" / f"{stage}.pt", weights_only=True)
+    assert all(torch.equal(after["weights"][k], again["weights"][k]) for k in after["weights"])
+
+
+def test_weights_that_do_not_fit_are_one_line(trained, tmp_path, monkeypatch, capsys):
+    def said(flags: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            train.command(configured(*flags.split(), "--out", str(tmp_path / "new")))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len([x for x in lines if "train.py: " in x]) == 1
+        return lines[-1]
+
+    wider = said(f"--stage vae --init-from {trained} --vae-width 24")
+    assert "vae.pt is not of this VAE: " in wider and "there and [24" in wider
+    other = said(f"--stage vae --init-from {trained / 'dit.safetensors'}")
+    assert "dit.safetensors is not of this VAE: " in other and "more)" in other
+    assert "say --stage vae, text or dit" in said(f"--init-from {trained / 'dit.pt'}")
+    assert "not a checkpoint of ours" in said(f"--stage vae --init-from {HERE / 'digits.png'}")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08" + bytes(20))
+    assert "not a checkpoint" in said(f"--stage vae --init-from {tmp_path / 'bad.safetensors'}")
+    assert "no nowhere" in said("--stage vae --init-from nowhere")
+    assert "no vae, text or dit is in" in said(f"--stage vae --init-from {HERE}")
+    assert "nothing to export" in said("--stage export")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in said(
+        f"--stage vae --init-from {trained / 'vae.safetensors'}"
+    )
+
+
 def child_of(work, *arguments, said: Path = Path(os.devnull)) -> int:
     """Do `work` in a child process, which has all that is imported; `said`: a file for stderr."""
     if pid := os.fork():
@@ -1935,6 +2054,41 @@ def child_of(work, *arguments, said: Path = Path(os.devnull)) -> int:
         status = stopped.code if isinstance(stopped.code, int) else 1
     finally:
         os._exit(status)
+
+
+def test_the_best_checkpoints_are_kept_and_survive_a_restart(tmp_path):
+    """The loss on what is held back says which; stopped in between, they are the same."""
+    flags = "--steps 12 --save-every 2 --keep 3 --lr 0.3 --sample-every 99".split()  # it wavers
+    train.main(configured("--stage", "vae", "--out", str(tmp_path / "whole")))
+    only(tmp_path / "whole", tmp_path / "parts", "vae.pt")
+    wholes, parts = (
+        [*flags, "--stage", "dit", "--out", str(tmp_path / x)] for x in ("whole", "parts")
+    )
+    measured, keep_best = {}, loop.keep_best
+
+    def noted(stage, count, best, path, step, averaged, device):
+        with torch.no_grad(), sample.bf16(device):
+            measured[step] = stage.measure(averaged)
+        return keep_best(stage, count, best, path, step, averaged, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "keep_best", noted)
+        train.main(configured(*wholes))
+    stop_and_continue(lambda: train.main(configured(*parts)), "dit", 6)  # saves between, too
+    assert list(measured) == [2, 4, 6, 8, 10, 12]
+    best = sorted(measured, key=measured.get)[:3]
+    for out in (tmp_path / "whole", tmp_path / "parts"):
+        kept = {int(x.stem.split("-")[1]): x for x in out.glob("dit.best-*.pt")}
+        assert kept.keys() == set(best)
+        saved = torch.load(out / "dit.pt", weights_only=True)
+        assert [step for _, step in saved["best"]] == best
+        run = sample.load_run(kept[best[0]], "cpu")  # one of them can be sampled from
+        c = replace(configured(*wholes), out=str(out))
+        source = batches.Source(run.vae, run.tokenizer, train.make_world(c))
+        with torch.no_grad(), sample.bf16(torch.device("cpu")):
+            step, aside = train.held_back(source, c)
+            again = sum(train.dit_loss(run.dit, part, c, step)[0].item() for part in aside)
+        assert again == saved["best"][0][0] == measured[best[0]]
 
 
 def test_killed_at_ten_random_moments_and_continued_is_uninterrupted(tmp_path):
@@ -1998,7 +2152,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     _, status = os.waitpid(child_of(full, said=tmp_path / "said"), 0)
     said = [x for x in (tmp_path / "said").read_text().splitlines() if "train.py" in x]
     assert os.waitstatus_to_exitcode(status) == 2 and len(said) == 1
-    assert "dit.pt could not be written at step 3" in said[0] and "make room" in said[0]
+    assert "dit.best-3.pt could not be written at step 3" in said[0] and "make room" in said[0]
     assert not list(tmp_path.glob("dit*"))
     after = weights(tmp_path, ("vae",))
     assert all(torch.equal(before[k], after[k]) for k in before)

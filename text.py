@@ -107,7 +107,7 @@ def command(argv: list[str]) -> None:
     try:
         if args.seed < 0 or args.frames is not None and args.frames < 1:
             raise ValueError("--seed is 0 or more, --frames 1 or more")
-        folder = args.run or prompting.newest_run(name="text.pt")
+        folder = args.run or prompting.newest_run(name="text")
         language = prompting.load_language(folder, "cpu")
         world = language.world
         if args.caption:

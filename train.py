@@ -16,6 +16,8 @@ folder, out/<preset>, then holds
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
     captions.jsonl   what it wrote of own clips that had no caption: to read, edit and learn from
+    dit.best-*.pt    the EMA weights of the few checkpoints that did best on clips held back
+    *.safetensors    EMA weights alone, as `--stage export` makes them of each .pt (weights.py)
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
     log.jsonl        a line of figures every few steps; loss.png is its picture
     samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
@@ -28,7 +30,8 @@ import signal
 import sys
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,7 @@ import latents
 import patches
 import recaption
 import sample
+import weights
 from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips, own_rows
 from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig, read_lines
@@ -55,6 +59,7 @@ from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
 AHEAD = 8  # steps whose batches are made at once
+HELD_BACK = 10**6  # a step whose clips are only measured on
 Clips = data.World | Folder  # an endless, numbered sequence of them
 
 # ------------------------------------------------------------------------------------ configuration
@@ -65,8 +70,9 @@ class Config:
     """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
-    stage: str = "all"  # vae, text, dit; all that are needed; or encode (own clips, before dit)
+    stage: str = "all"  # vae, text, dit; all needed; encode (own clips, before dit); or export
     out: str = ""  # the run's folder; out/<preset> if left out
+    init_from: str = ""  # another run's folder, or a file of weights: what training starts from
     mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
     # own clips (folder.py)
@@ -128,6 +134,7 @@ class Config:
     compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
     recompute: bool = False  # the backward pass makes activations again: slower, far less memory
     save_every: int = 200  # steps
+    keep: int = 2  # of the transformer's checkpoints, as dit.best-<step>.pt; 0: only the last
     sample_every: int = 500  # steps
     # what it would cost (cost.py)
     dry_run: bool = False  # say it, and train nothing
@@ -242,6 +249,17 @@ def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor
     bins = [round(error[fourth == k].mean().nan_to_num().item(), 4) for k in range(4)]
     logs = {"clips": len(packed.grids), "fill": packed.fill, "loss_by_level": bins}
     return error.sum() / part.patches, logs
+
+
+def held_back(source: Source, c: Config) -> tuple[int, list[Part]]:
+    """A step that no training gets to, and this process's parts of it: a loss on these, with their
+    fixed noise, tells which checkpoint is better. Of own clips none is held back: they are the
+    first of the first epoch, of any size."""
+    if not c.data:
+        return HELD_BACK, dit_parts(source, c, HELD_BACK, 1)[0]
+    world = copy(source.world)
+    world.starts = [0]  # it counts for itself
+    return 0, dit_parts(replace(source, world=world), replace(c, image_phase=0.0), 0, 1)[0]
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -378,8 +396,11 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def main(c: Config) -> None:
     check(c)
+    out = Path(c.out or f"out/{c.preset}")
     if c.dry_run:
         return print(dry_run(c))
+    if c.stage == "export":
+        return print("wrote", ", ".join(map(str, weights.export(out))))
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -389,7 +410,6 @@ def main(c: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
     world = make_world(c)
-    out = Path(c.out or f"out/{c.preset}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         part = out / "config.part"
@@ -477,8 +497,12 @@ def make_dit(c: Config, vocabulary: int) -> DiT:
 
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
-    if c.stage not in ("all", "vae", "text", "dit", "encode"):
-        raise ValueError(f"--stage {c.stage}: vae, text, dit, all or encode")
+    if c.stage not in ("all", "vae", "text", "dit", "encode", "export"):
+        raise ValueError(f"--stage {c.stage}: vae, text, dit, all, encode or export")
+    if Path(c.init_from).is_file() and c.stage not in weights.STAGES:
+        raise ValueError(
+            f"--init-from {c.init_from} is of one network: say --stage vae, text or dit"
+        )
     if c.stage == "encode" and not c.data:
         raise ValueError("--stage encode is for --data: moving digits are made faster than read")
     if c.captions not in ("prompts", "noisy", "recaptioned"):
@@ -501,6 +525,8 @@ def check(c: Config) -> None:
     for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
+    if c.keep < 0:
+        raise ValueError(f"--keep {c.keep}: 0 or more")
     if c.gpu not in cost.GPUS:
         raise ValueError(f"--gpu {c.gpu}: {', '.join(cost.GPUS)}")
     if not 0 < c.mfu <= 1:
@@ -526,9 +552,28 @@ def check(c: Config) -> None:
             patches.token_count(vae.grid(T, H, W), c.patch)
 
 
+def starting_from(c: Config, out: Path, name: str) -> dict:
+    """The weights that --init-from has for a network, and what else is in their file; {} where it
+    has none. What was trained here already comes first: it goes on. A network keeps the words that
+    its embeddings are of; other words can still be spelled."""
+    if not c.init_from:
+        return {}
+    saved = [path for path in (out / f"{name}.pt", out / f"{name}.before.pt") if path.exists()]
+    path = saved[0] if saved else Path(c.init_from)
+    if path.is_dir():
+        found = [weights.find(path, other) for other in weights.STAGES]
+        if not any(other.exists() for other in found):
+            raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")
+        path = weights.find(path, name)
+        if not path.exists():  # it did not train this one
+            return {}
+    return weights.read(path, "cpu") | {"path": path}
+
+
 def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(c.seed)  # initial weights
-    vae = make_vae(c)
+    vae, start = make_vae(c), starting_from(c, out, "vae")
+    weights.begin_with(vae, start)
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         return vae_loss(model, world, c, part, step)
@@ -543,12 +588,15 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
 
 
 def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
-    tokenizer = make_tokenizer(world, c) if c.data else recaption.make_tokenizer(world, c.labelled)
+    start = starting_from(c, out, "text")
+    known = make_tokenizer(world, c) if c.data else recaption.make_tokenizer(world, c.labelled)
+    tokenizer = Tokenizer(start.get("words") or known.words)
     source = Source(sample.load_vae(out, device), tokenizer, world)
     torch.manual_seed(c.seed + 2)  # initial weights
     sizes = c.channels, c.patch, tokenizer.size
     shape = {"width": c.text_width, "depth": c.text_depth, "heads": c.text_heads}
     model = LanguageModel(LanguageConfig(*sizes, **shape))
+    weights.begin_with(model, start)
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         return (own_text_loss if c.data else text_loss)(model, source, c, part, step)
@@ -597,18 +645,22 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
         facts = facts | {"world": asdict(world.config)}
         if count and rank() == 0:
             print(f"{count} more files have captions, in {out / 'captions.jsonl'}", flush=True)
-    source = Source(sample.load_vae(out, device), make_tokenizer(world, c), world)
+    start = starting_from(c, out, "dit")
+    tokenizer = Tokenizer(start.get("words") or make_tokenizer(world, c).words)
+    source = Source(sample.load_vae(out, device), tokenizer, world)
     if c.captions == "recaptioned" and not c.data:
         source.language = load_language(out, device)
     if c.data and (folder := out / "latents").exists():
         latents.complete(folder, about_latents(c, world, source.vae))
         source.stored = latents.Latents(folder, c.channels, c.time_factor)
     torch.manual_seed(c.seed + 1)  # initial weights
-    dit = make_dit(c, source.tokenizer.size)
+    dit = make_dit(c, tokenizer.size)
+    weights.begin_with(dit, start)
     dit.recompute = c.recompute
     if c.compile:
         for block in dit.blocks:
             block.compile()
+    aside = []  # what is only measured on
     ahead = {}  # parts by step: made a few at a time, from steps that are multiples of that
 
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
@@ -621,6 +673,12 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return dit_loss(model, ahead[step][part], c, step)
 
+    def measure(averaged: nn.Module) -> float:
+        if not aside:  # made when it is first needed
+            aside.extend(held_back(source, c))
+        step, parts = aside
+        return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
+
     def run_of(averaged: DiT) -> sample.Run:
         networks = source.vae, averaged, source.tokenizer
         return sample.Run(*networks, facts["world"], facts["config"], source.language)
@@ -628,8 +686,9 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     def show(averaged: DiT, step: int) -> None:
         preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
 
-    facts = facts | {"model": asdict(dit.config), "words": source.tokenizer.words}
-    averaged = fit(Stage("dit", dit, c.steps, c.lr, loss, facts, show, large=True), c, out, device)
+    facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
+    stage = Stage("dit", dit, c.steps, c.lr, loss, facts, show, measure=measure, large=True)
+    averaged = fit(stage, c, out, device)
     if rank() == 0:
         gallery(run_of(averaged), world, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}", end="")
