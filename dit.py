@@ -278,7 +278,9 @@ class DiT(nn.Module):
         )
         is_text, clips = text >= 0, int(layout.frame_clip[-1]) + 1
         owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
-        place = position[is_text, 0] + torch.bincount(owner)[owner]  # [M] in its caption, from 0
+        count = owner.unique_consecutive(return_counts=True)[1]  # a clip's lie side by side
+        place = torch.arange(len(owner), device=owner.device)  # [M]; then in its caption, from 0:
+        place -= (count.cumsum(0) - count).repeat_interleave(count)
         # "3 up, 8 right" and "8 up, 3 right" have the same words: without their places, patches
         # would be told what there is, but not which of it moves where.
         words = self.words(text[is_text]) + self.place(place.clamp(max=MOST_WORDS - 1))  # [M, d]
