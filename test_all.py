@@ -1167,6 +1167,18 @@ def test_bench_says_how_fast_and_how_full(monkeypatch, capsys):
     bench.bench(argparse.Namespace(repeats=1))
     said = capsys.readouterr().out
     assert all(word in said for word in ("packed:   2 rows of 256", "padded", "encode", "decode"))
+    times, share, fuller = re.search(r"is ([\d.]+) times .*, (\d+)% of ([\d.]+),", said).groups()
+    assert float(times) / float(fuller) == pytest.approx(int(share) / 100, abs=0.02)
+
+
+def test_bench_compares_packing_with_padding_that_costs():
+    vae = VAE(VAEConfig())
+    packed, padded = bench.mixed_batch(vae, DiTConfig()).values()
+    assert packed.lengths == padded.lengths and packed.fill > 0.9
+    rows, L = padded.text.shape
+    assert dit.clips_by_length(padded.sample_id)[1] == ((rows, L),) and L == max(packed.lengths)
+    sizes = {1 + 4 * (t - 1) for t, _, _ in packed.grids}
+    assert {1, 17} <= sizes and {h / w for _, h, w in packed.grids} >= {0.5, 1.0, 2.0}
 
 
 @pytest.mark.parametrize(
