@@ -99,7 +99,7 @@ class Settings:
     """How to sample."""
 
     steps: int = 30
-    guidance: float = 6.0  # 1: none
+    guidance: float = 4.0  # 1: none
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
 
 
