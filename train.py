@@ -349,7 +349,7 @@ COLUMNS = (
     "rope_base vae_lr vae_steps steps"
 )
 PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
-    "tiny":  (),  # the defaults of Config: 1.9 M, 32 x 32
+    "tiny":  (),  # the defaults of Config: 2.0 M, 32 x 32
     "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
     "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
     "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
