@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MOST_WORDS = 256  # tokens of a caption that have a place of their own
+MOST_WORDS = 256  # tokens of a caption; more would share the last place, and be a mistake
 
 
 @dataclass
@@ -64,6 +64,14 @@ def fourier_features(level: Tensor, width: int) -> Tensor:
     frequency = torch.exp(torch.linspace(0, math.log(1000.0), width // 2, device=level.device))
     angle = level[:, None].float() * frequency  # [F, width/2]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [F, width]
+
+
+def places_of(owner: Tensor) -> Tensor:
+    """Which token of its caption each one is, from 0, where those of a clip lie side by side: clip
+    `owner` [M] -> [M]."""
+    count = owner.unique_consecutive(return_counts=True)[1]  # of each clip
+    first = count.cumsum(0) - count
+    return torch.arange(len(owner), device=owner.device) - first.repeat_interleave(count)
 
 
 def mean_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
@@ -278,12 +286,10 @@ class DiT(nn.Module):
         )
         is_text, clips = text >= 0, int(layout.frame_clip[-1]) + 1
         owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
-        count = owner.unique_consecutive(return_counts=True)[1]  # a clip's lie side by side
-        place = torch.arange(len(owner), device=owner.device)  # [M]; then in its caption, from 0:
-        place -= (count.cumsum(0) - count).repeat_interleave(count)
         # "3 up, 8 right" and "8 up, 3 right" have the same words: without their places, patches
         # would be told what there is, but not which of it moves where.
-        words = self.words(text[is_text]) + self.place(place.clamp(max=MOST_WORDS - 1))  # [M, d]
+        place = places_of(owner).clamp(max=MOST_WORDS - 1)
+        words = self.words(text[is_text]) + self.place(place)  # [M, d]
         x = self.read(tokens).type_as(words).masked_scatter(is_text[:, None], words)  # [N, d]
 
         caption = mean_of_each(self.summary(words).type_as(words), owner, clips)  # [clips, d]

@@ -41,8 +41,9 @@ import data
 import reader
 import sample
 import tasks
-from prompting import load_language, newest_run
+from prompting import load_language
 from vae import VAE
+from weights import newest_run
 
 HERE = Path(__file__).parent
 SCORES = ("digit", "direction", "digits", "directions", "both")  # the last three: of two digits
@@ -259,7 +260,7 @@ def table(figures: dict) -> str:
 
 
 def prompts(args: argparse.Namespace) -> None:
-    folder = Path(args.run) if args.run else sample.newest_run()
+    folder = Path(args.run) if args.run else newest_run()
     run, sheet = sample.load_run(folder), folder / "prompts.png"
     how = (args.seed, args.steps, args.guidance)
     figures = measure_prompts(run, args.ones, args.twos, *how, sheet, not args.no_expand)
@@ -283,7 +284,7 @@ def language(args: argparse.Namespace) -> None:
 
 
 def prompting(args: argparse.Namespace) -> None:
-    folder = Path(args.run) if args.run else sample.newest_run()
+    folder = Path(args.run) if args.run else newest_run()
     run = sample.load_run(folder)
     config = replace(data.WorldConfig(**run.world), two_digits=0.0)
     world = data.World(config, *digits(held_out=True), args.seed)

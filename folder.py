@@ -127,6 +127,11 @@ def warn(path: str | Path, reason: str) -> None:
     tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
 
 
+def checksum(captions: list[str]) -> int:
+    """What tells these captions from others."""
+    return zlib.crc32(json.dumps(captions).encode())
+
+
 def read_lines(path: Path) -> dict[str, str]:
     """{name: caption} of a captions.jsonl; nothing where there is no such file."""
     listed = {}
@@ -230,7 +235,7 @@ class Folder:
             durations=tuple(np.unique(self.sizes[:, 0]).tolist()),
             shapes=tuple(shape for shape, _ in common.most_common(8)),
             files=zlib.crc32(told.encode()),
-            captions=zlib.crc32(json.dumps(self.shown).encode()),
+            captions=checksum(self.shown),
         )
 
     # Captions that are missing, and those that somebody wrote since.
@@ -257,18 +262,16 @@ class Folder:
         told = {k: said for k, said in told.items() if said}
         for k, said in told.items():
             self.shown[k] = said
-        told_all = zlib.crc32(json.dumps(self.shown).encode())
-        self.config = replace(self.config, captions=told_all)
+        self.config = replace(self.config, captions=checksum(self.shown))
         return len(told)
 
     def middle(self, files: list[int]) -> list[np.ndarray | str]:
         """A window from the middle of each file: uint8 [3, T, H, W], or why it can't be read."""
-        jobs = []
-        for k in files:
-            entry, window = self.entries[k], self.sizes[np.searchsorted(self.file, k)]
-            T, *shape = window.tolist()
-            times = entry["start"] + ((self.length[k] - T) // 2 + np.arange(T)) / self.config.fps
-            jobs.append((self.root / entry["file"], times, entry["last"], tuple(shape)))
+        sizes = self.sizes[np.searchsorted(self.file, files)].tolist()  # of the first windows
+        jobs = [
+            self.job(k, (self.length[k] - size[0]) // 2, size)
+            for k, size in zip(files, sizes, strict=True)
+        ]
         started = [self.workers.submit(read_window, *job) for job in jobs]
         return [self.workers.result(one) for one in started]
 
@@ -328,6 +331,12 @@ class Folder:
 
     # Windows -> pixels.
 
+    def job(self, file: int, first: int, size: list[int]) -> tuple:
+        """The arguments of `read_window`: a window (T, H, W) of a file, from frame `first` on."""
+        entry, (T, H, W) = self.entries[file], size
+        times = entry["start"] + (first + np.arange(T)) / self.config.fps
+        return self.root / entry["file"], times, entry["last"], (H, W)
+
     def jobs(self, index, size) -> dict[tuple[int, int], tuple]:
         """{(number, T): the arguments of `read_window`}: index [n], size [n, 3] or [3]."""
         window, offset, _ = self.look_up(index)
@@ -335,12 +344,8 @@ class Folder:
         first = (offset * (self.spare[file] + 1)).astype(int)
         first += self.part[window] * self.sizes[window, 0]
         first = np.minimum(first, self.length[file] - size[:, 0])  # a longer one begins earlier
-        jobs = {}
-        for k, number in enumerate(np.asarray(index).tolist()):
-            entry, (T, H, W) = self.entries[file[k]], size[k].tolist()
-            times = entry["start"] + (first[k] + np.arange(T)) / self.config.fps
-            jobs[number, T] = (self.root / entry["file"], times, entry["last"], (H, W))
-        return jobs
+        of = zip(np.asarray(index).tolist(), file, first, size.tolist(), strict=True)
+        return {(number, s[0]): self.job(k, start, s) for number, k, start, s in of}
 
     def prefetch(self, index, size) -> None:
         """Start to decode clips that will be asked for next. What was started before and is not

@@ -37,8 +37,6 @@ from language import Language, LanguageConfig, LanguageModel
 from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 from weights import find, load_ema
-from weights import load_checkpoint as load_checkpoint
-from weights import newest_run as newest_run
 
 CONTEXT = 0.1  # how noisy the latents are that a window takes over from the one before it
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory

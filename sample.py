@@ -42,6 +42,7 @@ from clips import filmstrip as filmstrip  # a name as itself: for those who impo
 from clips import gallery as gallery
 from clips import write_clip as write_clip
 from clips import write_gallery as write_gallery
+from dit import MOST_WORDS
 from prompting import (
     DEFAULT,
     SETTINGS,
@@ -52,7 +53,6 @@ from prompting import (
     forward_context,
     latent_grid,
     load_run,
-    newest_run,
     room,
     seeded,
     stream,
@@ -62,13 +62,11 @@ from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
 from prompting import expand as expand
 from prompting import generate as generate
-from prompting import load_checkpoint as load_checkpoint
 from prompting import load_vae as load_vae
 from prompting import noisy_context as noisy_context
 from prompting import to_uint8 as to_uint8
-
-MOST_WORDS = 256  # tokens; a caption longer than this is a mistake
-
+from weights import load_checkpoint as load_checkpoint
+from weights import newest_run
 
 # ------------------------------------------------------------------------------------- the tasks
 #

@@ -396,6 +396,11 @@ def test_caption_order_level_and_position_all_matter(network_of_three):
     assert (out - base)[:, 1].abs().mean() > 2 * (out - base)[:, 0].abs().mean() > 0
 
 
+def test_the_places_of_words_are_counted_in_each_caption():
+    owner = torch.tensor([2, 2, 2, 0, 3, 3])  # clips in any order, as sorting by length leaves them
+    assert dit.places_of(owner).tolist() == [0, 1, 2, 0, 0, 1]
+
+
 def test_the_mean_of_a_caption_is_of_its_own_words():
     packed = patches.pack(*three_clips(), 2, 24)
     words = torch.randn(48, 8, generator=random_state(20))  # a vector for each place of the rows

@@ -95,6 +95,7 @@ def command(argv: list[str]) -> None:
     knows it: so it is imported here."""
     import prompting
     import sample
+    import weights
 
     parser = sample.Parser(prog="text.py", description="Captions of clips and of short prompts.")
     task = parser.add_mutually_exclusive_group(required=True)
@@ -107,7 +108,7 @@ def command(argv: list[str]) -> None:
     try:
         if args.seed < 0 or args.frames is not None and args.frames < 1:
             raise ValueError("--seed is 0 or more, --frames 1 or more")
-        folder = args.run or prompting.newest_run(name="text")
+        folder = args.run or weights.newest_run(name="text")
         language = prompting.load_language(folder, "cpu")
         world = language.world
         if args.caption:
