@@ -9,7 +9,7 @@ The idea. The captions of data.py are a small language. Read it back into facts;
 those of the clip; and for the expander, look whether the world has any place where a digit could
 start and do all that.
 
-    "a 7 starts at the top left, moving left fast. 9 frames."
+    "a 7 at top left moving left fast, 0 bounces. 9 frames."
     -> frames 9; digit 7, region "top left", direction "left", speed "fast", bounces 0
 
 Run `python caption_reader.py` for sentences, what is read in them and whether they are possible.
@@ -28,9 +28,8 @@ from vae import VAE
 
 FACTS = ("digit", "region", "direction", "speed", "bounces")  # of one digit
 DIGIT = re.compile(
-    r"an? (?P<digit>\d) (?:starts )?at the (?P<region>[a-z ]+)"
-    r"(?:, moving (?P<direction>\w+) (?P<speed>slowly|fast)"
-    r"(?:, bounces (?:off the \w+ wall and returns \w+|(?P<bounces>\d+) times between .+))?)?"
+    r"an? (?P<digit>\d) at (?P<region>[a-z]+ [a-z]+)"
+    r"(?: moving (?P<direction>\w+) (?P<speed>slowly|fast), (?P<bounces>\d+) bounces?)?"
 )
 
 # ------------------------------------------------------------------------------ from words to facts
@@ -40,7 +39,7 @@ def read_caption(said: str) -> dict | None:
     """The facts of a descriptive caption, or None where it isn't one. Of an image, a digit has no
     direction, speed and bounces: None."""
     *sentences, length = said.removesuffix(".").split(". ")
-    frames = re.fullmatch(r"(\d+) frames|a still image", length)
+    frames = re.fullmatch(r"(\d+) frames|an image", length)
     found = [DIGIT.fullmatch(sentence) for sentence in sentences]
     if not frames or not found or not all(found):
         return None
@@ -48,7 +47,7 @@ def read_caption(said: str) -> dict | None:
     for match in found:
         facts = match.groupdict()
         if facts["direction"]:
-            facts["bounces"] = int(facts["bounces"] or "bounces off" in match[0])
+            facts["bounces"] = int(facts["bounces"])
         digits.append(facts | {"digit": int(facts["digit"])})
     return {"frames": int(frames[1] or 1), "digits": digits}
 
@@ -198,12 +197,11 @@ def table(figures: dict) -> str:
 def main() -> None:
     size, config = (9, 32, 32), data.WorldConfig()
     for said in (
-        "a 7 starts at the middle, moving left fast. 9 frames.",
-        "a 7 starts at the right, moving right fast. 9 frames.",  # the wall is too near
-        "a 7 starts at the right, moving left fast, bounces 2 times between the left wall and the "
-        "right wall. 9 frames.",  # it can't get that far
-        "a 7 starts at the top, moving left slowly. an 8 starts at the bottom, moving up fast. "
-        "9 frames.",
+        "a 7 at middle centre moving left fast, 1 bounce. 9 frames.",
+        "a 7 at middle right moving right fast, 1 bounce. 9 frames.",  # the wall is too near
+        "a 7 at middle right moving left fast, 9 bounces. 9 frames.",  # it can't get that far
+        "a 7 at top left moving left slowly, 1 bounce. an 8 at bottom left moving up fast, "
+        "1 bounce. 9 frames.",
         "what a nice digit",
     ):
         caption = read_caption(said)
