@@ -256,7 +256,8 @@ def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor
 
     given [B, Z + ft, t, h, w]: latents of the video in which the nearest given frame stands for
     each that is not given, and a mask that says which of the ft frames of each latent are given
-    (latent 0 has but one, which fills all); whole [B, t] bool: latent frames all of whose frames are given.
+    (latent 0 has but one, which fills all); whole [B, t] bool: latent frames all of whose frames
+    are given.
 
     Not of the video itself: a latent looks into the past, so that those of a given *ending* would
     tell what came before it, and training would teach the network to read it there. A clip that
