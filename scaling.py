@@ -64,7 +64,9 @@ def columns(runs: dict[str, sample.Run]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for column, (name, run) in enumerate(runs.items()):
         pen.text((8 + column * cell[0], 6), name, fill=(255, 190, 80))
-        clips = sample.generate(run, list(PROMPTS), size, seeds=list(range(len(PROMPTS))))
+        seeds = list(range(len(PROMPTS)))
+        told = sample.expand(run, list(PROMPTS), size, seeds)
+        clips = sample.generate(run, told, size, seeds)
         for row, (prompt, clip) in enumerate(zip(PROMPTS, clips, strict=True)):
             left, top = 8 + column * cell[0], 24 + row * cell[1]
             pen.text((left, top), prompt, fill=(220, 220, 220))
@@ -130,14 +132,16 @@ def scaling(args: argparse.Namespace) -> None:
         c = finished(given)
     else:
         c = train.parse([*args.train, "--steps", str(args.steps or 2000)])
-        train.main(replace(c, stage="vae", out=str(out / "vae")))
+    shared = ("vae", "text") if c.captions == "recaptioned" else ("vae",)
+    for stage in () if given else shared:
+        train.main(replace(c, stage=stage, out=str(out / "vae")))
     runs, figures = {}, []
     for times in TIMES:
         steps = max(1, c.steps * times // TIMES[-1])
         folder = given if given and times == TIMES[-1] else out / f"{times}x"
         if folder != given:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("vae", "text") if c.captions == "recaptioned" else ("vae",):
+            for name in shared:
                 shutil.copy(find(given or out / "vae", name), folder)
             this = {"stage": "dit", "steps": steps, "out": str(folder), "keep": 0}
             train.main(replace(c, **this, sample_every=10**9))

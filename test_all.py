@@ -817,15 +817,22 @@ def test_short_captions_say_what_happens(moving):
 def test_descriptive_captions_agree_with_the_facts(moving):
     for fact in moving.all_facts(np.arange(200), moving.size(np.arange(200))):
         said = data.descriptive_caption(fact)
-        assert said.endswith(
-            "a still image." if fact["frames"] == 1 else f"{fact['frames']} frames."
-        )
+        still = fact["frames"] == 1
+        assert said.endswith("an image." if still else f"{fact['frames']} frames.")
         for d in fact["digits"]:
-            way = f"{d['digit']} starts at the {d['region']}, moving {d['direction']} "
-            way += "fast" if d["speed"] > 1 else "slowly"
-            assert (f"{d['digit']} at the {d['region']}." if fact["frames"] == 1 else way) in said
-        bounces = [d["bounces"] > 0 for d in fact["digits"] if fact["frames"] > 1]
-        assert said.count("bounces") == sum(bounces)
+            way = f"{d['digit']} at {d['region']}"
+            way += "" if still else f" moving {d['direction']} "
+            way += "" if still else "fast" if d["speed"] > 1 else "slowly"
+            way += "" if still else f", {d['bounces']} bounce"
+            assert way in said
+    facts = moving.all_facts(np.arange(200), moving.size(np.arange(200)))
+    kinds = {(f["frames"] > 1, len(f["digits"])): text.pieces(data.descriptive_caption(f))
+             for f in facts}  # fmt: skip
+    lengths = {kind: len(kinds[kind]) for kind in kinds}
+    assert lengths == {(False, 1): 9, (False, 2): 15, (True, 1): 15, (True, 2): 27}
+    for fact in facts:  # always as many
+        kind = fact["frames"] > 1, len(fact["digits"])
+        assert len(text.pieces(data.descriptive_caption(fact))) == lengths[kind]
 
 
 def test_descriptive_captions_tell_two_digits_as_one_reads(moving):
@@ -834,7 +841,7 @@ def test_descriptive_captions_tell_two_digits_as_one_reads(moving):
         said = data.descriptive_caption(fact)
         turned = fact | {"digits": fact["digits"][::-1]}
         assert data.descriptive_caption(turned) == said
-        told = [f"{d['digit']} starts at the {d['region']}," for d in turned["digits"]]
+        told = [f"{d['digit']} at {d['region']} moving" for d in turned["digits"]]
         assert all(x in said for x in told)
         if len(told) == 2:  # the same order as in the short caption
             named = re.findall(r"\ban? (\d)", said)
@@ -1333,17 +1340,16 @@ def test_captions_are_read_back_as_the_facts_they_were_made_of(moving):
         assert caption_reader.is_possible(said, tuple(size), moving.config)
         assert caption_reader.is_kept(caption_reader.read_prompt(data.short_caption(fact)), said)
         assert min(caption_reader.score(said, said).values()) == 1
-    for said in ("", "a 7.", "a 7 moving left", "17 frames.", "a 7 starts at the top. 9 frames. x"):
+    for said in ("", "a 7.", "a 7 moving left", "17 frames.", "a 7 at top left. 9 frames. x"):
         assert caption_reader.read_caption(said) is None
 
 
 @pytest.mark.parametrize("said", [
-    "a 7 starts at the right, moving right slowly. 9 frames.",  # the wall is too near
-    "a 7 starts at the right, moving left slowly, bounces off the left wall and returns right. "
-    "9 frames.",  # too slow to get there
-    "a 7 starts at the right, moving left fast. 17 frames.",  # a clip of 9 was asked for
-    "a 7 starts at the nowhere, moving left slowly. 9 frames.",
-    "a 7 starts at the right, moving up fast. 9 frames.",  # it would reach the wall
+    "a 7 at middle right moving right slowly, 0 bounces. 9 frames.",  # the wall is too near
+    "a 7 at middle right moving left slowly, 2 bounces. 9 frames.",  # too slow to get there
+    "a 7 at middle right moving left fast, 1 bounce. 17 frames.",  # a clip of 9 was asked for
+    "a 7 at no place moving left slowly, 1 bounce. 9 frames.",
+    "a 7 at middle right moving up fast, 0 bounces. 9 frames.",  # it would reach the wall
 ])  # fmt: skip
 def test_what_cannot_be_is_not_possible(moving, said):
     caption = caption_reader.read_caption(said)
@@ -1351,7 +1357,8 @@ def test_what_cannot_be_is_not_possible(moving, said):
 
 
 def test_wrong_captions_lose_what_is_wrong_and_no_more():
-    right = "a 7 starts at the top, moving left slowly. a 3 starts at the right, moving up fast. "
+    right = "a 7 at top left moving left slowly, 1 bounce. a 3 at top right moving up fast, "
+    right += "2 bounces. "
     want = caption_reader.read_caption(right + "9 frames.")
 
     def scores(said: str) -> dict[str, float]:
@@ -1360,10 +1367,10 @@ def test_wrong_captions_lose_what_is_wrong_and_no_more():
 
     assert scores(right + "9 frames.") == {} and scores(right + "17 frames.") == {"length": 0}
     assert scores(right.replace("a 3", "a 5") + "9 frames.") == {"digit": 0.5}
-    assert scores(right.replace("left", "down").replace("up", "down") + "9 frames.") == {
+    assert scores(right.replace("g left", "g down").replace("up", "down") + "9 frames.") == {
         "direction": 0
     }
-    one = scores("a 3 starts at the right, moving up fast. 9 frames.")
+    one = scores("a 3 at top right moving up fast, 2 bounces. 9 frames.")
     assert one == dict.fromkeys(caption_reader.FACTS, 0.5) | {"number": 0}
     assert not any(caption_reader.score(None, want).values())
     asked = caption_reader.read_prompt("3 up and seven")
@@ -1873,7 +1880,7 @@ def test_the_table_as_a_user_asks_for_it(folder, network, monkeypatch, tmp_path,
 SMALL = (
     "--width 32 --depth 2 --heads 2 --rows 2 --tokens 160 --steps 6 --vae-steps 4 --vae-width 16 "
     "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3 --text-steps 4 --text-batch 2 "
-    "--text-width 32 --text-depth 1 --text-heads 2"
+    "--text-width 32 --text-depth 1 --text-heads 2 --captions prompts"
 ).split()
 
 

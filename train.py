@@ -100,7 +100,7 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
-    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
+    captions: str = "recaptioned"  # what the transformer learns from; or prompts, or noisy
     labelled: float = 0.1  # share of the clips that have a descriptive caption
     short: float = 0.3  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
@@ -121,7 +121,7 @@ class Config:
     lr: float = 1e-2
     image_phase: float = 0.3  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
-    given: float = 0.3  # share of the clips in which some frames are given
+    given: float = 0.35  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
@@ -436,6 +436,7 @@ def main(c: Config) -> None:
 
 def dry_run(c: Config, steps: int = 4) -> str:
     """What the DiT's training would cost, from the clips of some steps at its end."""
+    c = replace(c, labelled=1.0)  # there is no captioner yet: true captions are as long as its own
     world = make_world(c)
     tokenizer = make_tokenizer(world, c)
     with torch.device("meta"):  # shapes without numbers
