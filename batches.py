@@ -152,9 +152,11 @@ def write_captions(source: Source, looks: list[tuple]) -> None:
         video = to_float(source.world.clips([index for *_, index in some], size)[0])
         encoded = source.vae.encode(video.to(source.vae.mean.device))  # [b, Z, t, h, w]
         latents |= zip(((step, k) for step, k, _ in some), encoded, strict=True)
-    for step, (*_, captions) in enumerate(looks):
-        seen = [latents.get((step, k)) for k in range(len(captions))]
-        captions[:] = recaption.fill_in(source.language, captions, seen)
+    places = [(step, k) for step, one in enumerate(looks) for k in range(len(one[3]))]
+    captions = [looks[step][3][k] for step, k in places]
+    written = recaption.fill_in(source.language, captions, [latents.get(at) for at in places])
+    for (step, k), said in zip(places, written, strict=True):
+        looks[step][3][k] = said
 
 
 def lay_out(

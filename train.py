@@ -102,7 +102,7 @@ class Config:
     # captions, and the language model that writes them (recaption.py, language.py)
     captions: str = "recaptioned"  # what the transformer learns from; or prompts, or noisy
     labelled: float = 0.1  # share of the clips that have a descriptive caption
-    short: float = 0.3  # share of the clips that keep their short caption where recaptioned
+    short: float = 0.2  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
@@ -115,7 +115,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 3200
+    steps: int = 2400
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
