@@ -154,7 +154,8 @@ def measure_captioner(vae: VAE, language: Language, world: data.World, clips: in
         for name, value in got.items():
             for row in (kind, "all"):
                 scores.setdefault(row, {}).setdefault(name, []).append(value)
-    return {k: {n: float(np.mean(v)) for n, v in row.items()} for k, row in scores.items()}
+    rows = sorted(scores.items())
+    return {k: {n: float(np.mean(v)) for n, v in row.items()} for k, row in rows}
 
 
 def measure_expander(language: Language, world: data.World, prompts: int) -> dict:
@@ -185,8 +186,9 @@ def table(figures: dict) -> str:
     for title, rows in figures.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         lines.append(f"{title:20}" + "".join(f"{name:>12}" for name in columns))
-        for kind, row in sorted(rows.items()):
-            cells = (f"{100 * row[n]:.1f} %" if n in row else "-" for n in columns)
+        for kind, row in rows.items():
+            there = [row.get(name) for name in columns]
+            cells = ("-" if share is None else f"{100 * share:.1f} %" for share in there)
             lines.append(f"{kind:20}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 

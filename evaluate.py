@@ -278,9 +278,31 @@ def language(args: argparse.Namespace) -> None:
     world = data.World(config, *digits(held_out=True), seed=args.seed)
     figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}
     figures["expander"] = caption_reader.measure_expander(writer, world, args.clips)
+    if args.against:
+        figures["clips of prompts"] = compare(folder, Path(args.against), args)
     print(caption_reader.table(figures))
     (folder / "language.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"wrote {folder / 'language.json'}")
+
+
+def compare(recaptioned: Path, short: Path, args: argparse.Namespace) -> dict:
+    """The report's claim: how well clips follow the same short prompts, after equal trainings."""
+    runs = {folder: sample.load_run(folder) for folder in (short, recaptioned)}
+    kinds = {folder: run.config["captions"] for folder, run in runs.items()}
+    if list(kinds.values()) != ["noisy", "recaptioned"]:
+        raise ValueError(f"--run and --against: recaptioned and noisy runs, and not {kinds}")
+    one, other = (run.config for run in runs.values())
+    free = ("out", "captions", "stage")
+    differ = [name for name in one if name not in free and one[name] != other[name]]
+    if differ:
+        raise ValueError(f"the two runs also differ in {', '.join(differ)}")
+    kinds = {"noisy captions": (short, False), "re-captioned": (recaptioned, False)}
+    kinds |= {"and prompts expanded": (recaptioned, True)}
+    rows = {
+        name: measure_prompts(runs[which], args.ones, args.twos, args.seed, expanded=expanded)
+        for name, (which, expanded) in kinds.items()
+    }
+    return {name: {x: row["generated"][x] for x in SCORES} for name, row in rows.items()}
 
 
 def prompting(args: argparse.Namespace) -> None:
@@ -323,6 +345,10 @@ def main() -> None:
     command = commands.add_parser("language", help="are captions and expanded prompts true?")
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")
     command.add_argument("--clips", type=int, default=1000, help="how many are captioned")
+    command.add_argument("--against", metavar="RUN", help="an equal run with --captions noisy: "
+                         "do clips of --run follow prompts better?")  # fmt: skip
+    command.add_argument("--ones", type=int, default=240, help="--against: clips of one digit")
+    command.add_argument("--twos", type=int, default=120, help="--against: clips of two digits")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("prompting", help="is what is given kept, and carried on?")
     command.add_argument("--run", help="a folder that train.py wrote (default: the newest)")

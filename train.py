@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
@@ -86,7 +87,7 @@ class Config:
     durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.5  # share of the clips
+    two_digits: float = 0.4  # share of the clips
     images: float = 0.3  # share of the clips that are single frames
     # the VAE (vae.py)
     channels: int = 3
@@ -102,7 +103,7 @@ class Config:
     # captions, and the language model that writes them (recaption.py, language.py)
     captions: str = "recaptioned"  # what the transformer learns from; or prompts, or noisy
     labelled: float = 0.1  # share of the clips that have a descriptive caption
-    short: float = 0.2  # share of the clips that keep their short caption where recaptioned
+    short: float = 0.3  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
@@ -115,7 +116,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 2400
+    steps: int = 2800
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
@@ -661,22 +662,31 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     if c.compile:
         for block in dit.blocks:
             block.compile()
+    maker = ThreadPoolExecutor(1)  # it makes what comes next, while we train
     aside = []  # what is only measured on
-    ahead = {}  # parts by step: made a few at a time, from steps that are multiples of that
+    ahead = {}  # by the first of AHEAD steps: what is being made for them
 
-    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
-        if step not in ahead:
-            ahead.clear()
-            first = step - step % AHEAD
-            ahead.update(enumerate(dit_parts(source, c, first, AHEAD), first))
-            if c.data and not source.stored:  # its pixels are decoded while we train
+    def make(first: int) -> list[list[Part]]:
+        with sample.bf16(device):
+            made = dit_parts(source, c, first, AHEAD)
+            if c.data and not source.stored:  # other processes decode what comes after that
                 coming = own_clips(own_rows(source, c, first + AHEAD, AHEAD))
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
-        return dit_loss(model, ahead[step][part], c, step)
+        return made
+
+    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
+        first = step - step % AHEAD
+        if first not in ahead:
+            ahead.clear()
+            ahead[first] = maker.submit(make, first)
+        if (after := first + AHEAD) not in ahead and after < c.steps:
+            ahead.pop(first - AHEAD, None)
+            ahead[after] = maker.submit(make, after)
+        return dit_loss(model, ahead[first].result()[step - first][part], c, step)
 
     def measure(averaged: nn.Module) -> float:
         if not aside:  # made when it is first needed
-            aside.extend(held_back(source, c))
+            aside.extend(maker.submit(held_back, source, c).result())
         step, parts = aside
         return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
 
@@ -689,7 +699,12 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
 
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
     stage = Stage("dit", dit, c.steps, c.lr, loss, facts, show, measure=measure, large=True)
-    averaged = fit(stage, c, out, device)
+    threads = torch.get_num_threads()
+    maker.submit(torch.set_num_threads, 1).result()  # of several cores one is the maker's,
+    torch.set_num_threads(max(1, threads - 1))  # and the others are ours
+    with maker:
+        averaged = fit(stage, c, out, device)
+    torch.set_num_threads(threads)
     if rank() == 0:
         gallery(run_of(averaged), world, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}", end="")
