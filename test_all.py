@@ -1410,6 +1410,28 @@ def test_the_captioner_sees_what_has_no_caption_and_labelled_clips_only_teach(mo
     assert asked == [1, 3] and recaption.fill_in(None, ["a"], [0]) == ["a"]
 
 
+def test_only_equal_trainings_are_compared(monkeypatch):
+    """The claim is about captions: what else differs would explain the difference, too."""
+    configs = {"a": {"captions": "recaptioned", "steps": 5}, "b": {"captions": "noisy", "steps": 5},
+               "c": {"captions": "noisy", "steps": 6}}  # fmt: skip
+    monkeypatch.setattr(
+        sample, "load_run", lambda folder: SimpleNamespace(config=configs[folder.name])
+    )
+
+    def measure(run, ones, twos, seed, expanded):
+        value = (run.config["captions"] == "recaptioned") + 2 * expanded
+        return {"generated": dict.fromkeys(evaluate.SCORES, value)}
+
+    monkeypatch.setattr(evaluate, "measure_prompts", measure)
+    args = SimpleNamespace(ones=4, twos=2, seed=0)
+    rows = evaluate.compare(Path("a"), Path("b"), args)
+    assert [row["digit"] for row in rows.values()] == [0, 1, 3]
+    with pytest.raises(ValueError, match="also differ in steps"):
+        evaluate.compare(Path("a"), Path("c"), args)
+    with pytest.raises(ValueError, match="recaptioned and noisy runs"):
+        evaluate.compare(Path("b"), Path("a"), args)
+
+
 # ================================================== prompting: prompting.py, sample.py and clips.py
 
 QUICK = sample.Settings(steps=2)
