@@ -59,11 +59,11 @@ def draw_known(T: int, u: np.ndarray) -> np.ndarray:
     """Which frames of a clip are given: [T] bool. u [3 + T] is uniform in [0, 1)."""
     known, kind = np.zeros(T, bool), u[0]
     some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
-    if kind < 0.25:  # animate an image
+    if kind < 0.3:  # animate an image
         known[0] = True
-    if 0.25 <= kind < 0.45 or 0.65 <= kind < 0.9:  # extend; with the next: connect
+    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
         known[: 1 + some[0]] = True
-    if 0.45 <= kind < 0.9:  # extend backward
+    if 0.5 <= kind < 0.9:  # extend backward
         known[T - 1 - some[1] :] = True
     if kind >= 0.9:  # any frames
         known = u[3:] < u[1]

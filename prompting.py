@@ -254,20 +254,16 @@ def denoise_window(
 def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """What the network is shown of given frames: video [B, C, T, H, W], known [B, T] bool ->
 
-    given [B, Z + ft, t, h, w]: latents of the video in which the nearest given frame stands for
-    each that is not given, and a mask that says which of the ft frames of each latent are given
-    (latent 0 has but one, which fills all); whole [B, t] bool: latent frames all of whose frames
-    are given.
+    given [B, Z + ft, t, h, w]: latents of the video with all that is not given blanked, and a mask
+    that says which of the ft frames of each latent are given (latent 0 has but one, which fills
+    all); whole [B, t] bool: latent frames all of whose frames are given.
 
-    Not of the video itself: a latent looks into the past, so that those of a given *ending* would
-    tell what came before it, and training would teach the network to read it there. A clip that
-    stands still until its ending begins comes close: a quarter of the error of black frames.
+    Blanked, since a latent looks into the past: the latents of a given *ending*, cut from the whole
+    clip, would tell what came before it, and training would teach the network to read it there.
     """
-    ft, T = vae.config.time_factor, known.shape[1]
-    time = torch.arange(T, device=known.device)
-    away = (time[:, None] - time).abs() + T * ~known[:, None]  # [B, T, T]: of frames from others
-    frame = away.argmin(2)[:, None, :, None, None].expand_as(video)  # the nearest that is given
-    latent = vae.encode(video.gather(2, frame))  # [B, Z, t, h, w]
+    ft = vae.config.time_factor
+    blanked = torch.where(known[:, None, :, None, None], video, -1.0)  # black
+    latent = vae.encode(blanked)  # [B, Z, t, h, w]
     frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
     frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
     mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)

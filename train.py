@@ -87,7 +87,7 @@ class Config:
     durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.4  # share of the clips
+    two_digits: float = 0.5  # share of the clips
     images: float = 0.3  # share of the clips that are single frames
     # the VAE (vae.py)
     channels: int = 3
@@ -101,7 +101,7 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
-    captions: str = "recaptioned"  # what the transformer learns from; or prompts, or noisy
+    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
     labelled: float = 0.1  # share of the clips that have a descriptive caption
     short: float = 0.3  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
@@ -116,13 +116,13 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 2800
+    steps: int = 3200
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     image_phase: float = 0.3  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
-    given: float = 0.35  # share of the clips in which some frames are given
+    given: float = 0.3  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
@@ -662,31 +662,36 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     if c.compile:
         for block in dit.blocks:
             block.compile()
-    maker = ThreadPoolExecutor(1)  # it makes what comes next, while we train
+    maker = ThreadPoolExecutor(1)  # where captions are written, it makes batches while we train
     aside = []  # what is only measured on
     ahead = {}  # by the first of AHEAD steps: what is being made for them
 
     def make(first: int) -> list[list[Part]]:
-        with sample.bf16(device):
+        with sample.bf16(device):  # threads do not inherit it
             made = dit_parts(source, c, first, AHEAD)
             if c.data and not source.stored:  # other processes decode what comes after that
                 coming = own_clips(own_rows(source, c, first + AHEAD, AHEAD))
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return made
 
+    def hold_back() -> tuple[int, list[Part]]:
+        with sample.bf16(device):
+            return held_back(source, c)
+
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         first = step - step % AHEAD
         if first not in ahead:
             ahead.clear()
             ahead[first] = maker.submit(make, first)
-        if (after := first + AHEAD) not in ahead and after < c.steps:
+        after = first + AHEAD
+        if source.language and after not in ahead and after < c.steps:  # it takes a while to write
             ahead.pop(first - AHEAD, None)
             ahead[after] = maker.submit(make, after)
         return dit_loss(model, ahead[first].result()[step - first][part], c, step)
 
     def measure(averaged: nn.Module) -> float:
         if not aside:  # made when it is first needed
-            aside.extend(maker.submit(held_back, source, c).result())
+            aside.extend(maker.submit(hold_back).result())
         step, parts = aside
         return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
 
@@ -700,8 +705,9 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
     stage = Stage("dit", dit, c.steps, c.lr, loss, facts, show, measure=measure, large=True)
     threads = torch.get_num_threads()
-    maker.submit(torch.set_num_threads, 1).result()  # of several cores one is the maker's,
-    torch.set_num_threads(max(1, threads - 1))  # and the others are ours
+    if source.language:  # of several cores one is the maker's, the others are ours
+        maker.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(max(1, threads - 1))
     with maker:
         averaged = fit(stage, c, out, device)
     torch.set_num_threads(threads)
