@@ -276,10 +276,11 @@ def language(args: argparse.Namespace) -> None:
         raise ValueError(f"{folder} learned from own clips, of which nobody knows what is true")
     config = data.WorldConfig(**writer.world)
     world = data.World(config, *digits(held_out=True), seed=args.seed)
+    compared = compare(folder, Path(args.against), args) if args.against else None
     figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}
     figures["expander"] = caption_reader.measure_expander(writer, world, args.clips)
-    if args.against:
-        figures["clips of prompts"] = compare(folder, Path(args.against), args)
+    if compared:
+        figures["clips of prompts"] = compared
     print(caption_reader.table(figures))
     (folder / "language.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"wrote {folder / 'language.json'}")
@@ -293,7 +294,7 @@ def compare(recaptioned: Path, short: Path, args: argparse.Namespace) -> dict:
         raise ValueError(f"--run and --against: recaptioned and noisy runs, and not {kinds}")
     one, other = (run.config for run in runs.values())
     free = ("out", "captions", "stage")
-    differ = [name for name in one if name not in free and one[name] != other[name]]
+    differ = [name for name in one if name not in free and one[name] != other.get(name)]
     if differ:
         raise ValueError(f"the two runs also differ in {', '.join(differ)}")
     kinds = {"noisy captions": (short, False), "re-captioned": (recaptioned, False)}

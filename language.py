@@ -10,8 +10,8 @@ prompt into one. Both write the same sort of text from something else: one *pref
 (Raffel et al. 2019, T5, section 3.2.1), used twice.
 
     prefix                                 written, a token at a time
-    a clip's latent patches [n, p p Z]     END a 7 starts at the top left , ...  END
-    "17 x 32 x 32: a 7 moving left"        END a 7 starts at the top left , ...  END
+    a clip's latent patches [n, p p Z]     END a 7 at top left moving left ...   END
+    "17 x 32 x 32: a 7 moving left"        END a 7 at top left moving left ...   END
 
 Everything in the prefix sees everything in it; a token that is written sees the prefix and what was
 written before it. As a mask, for a prefix of 3 and a text of 4:

@@ -1346,7 +1346,7 @@ def test_captions_are_read_back_as_the_facts_they_were_made_of(moving):
 
 @pytest.mark.parametrize("said", [
     "a 7 at middle right moving right slowly, 0 bounces. 9 frames.",  # the wall is too near
-    "a 7 at middle right moving left slowly, 2 bounces. 9 frames.",  # too slow to get there
+    "a 7 at middle right moving left slowly, 1 bounce. 9 frames.",  # too slow to get there
     "a 7 at middle right moving left fast, 1 bounce. 17 frames.",  # a clip of 9 was asked for
     "a 7 at no place moving left slowly, 1 bounce. 9 frames.",
     "a 7 at middle right moving up fast, 0 bounces. 9 frames.",  # it would reach the wall

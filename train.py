@@ -674,10 +674,6 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return made
 
-    def hold_back() -> tuple[int, list[Part]]:
-        with sample.bf16(device):
-            return held_back(source, c)
-
     def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
         first = step - step % AHEAD
         if first not in ahead:
@@ -691,7 +687,7 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
 
     def measure(averaged: nn.Module) -> float:
         if not aside:  # made when it is first needed
-            aside.extend(maker.submit(hold_back).result())
+            aside.extend(held_back(source, c))
         step, parts = aside
         return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
 
