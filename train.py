@@ -53,7 +53,7 @@ from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips
 from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig, read_lines
 from language import LONGEST, LanguageConfig, LanguageModel
-from loop import STOP, Stage, bare, fit, rank, ranks, read_log, seeded
+from loop import STOP, Stage, fit, rank, ranks, read_log, seeded
 from prompting import load_language, to_float
 from text import Tokenizer
 from vae import VAE, VAEConfig
@@ -116,11 +116,11 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 3200
+    steps: int = 4200
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
-    image_phase: float = 0.3  # share of the steps, at the start, that see images only
+    image_phase: float = 0.2  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
     given: float = 0.3  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
@@ -130,7 +130,8 @@ class Config:
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     ema: float = 0.99
     clip: float = 1.0  # the most that the gradient's norm may be
-    accumulate: int = 1  # parts, one after the other, in which a process does its share of a step
+    accumulate: int = 2  # parts in which a process does its share of a step: one after the other,
+    # which takes less memory; or, by a single process on a CPU, side by side, which is faster
     shard: bool = False  # FSDP2: the transformer's weights are spread over all processes
     compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
     recompute: bool = False  # the backward pass makes activations again: slower, far less memory
@@ -156,30 +157,29 @@ class Config:
 # --------------------------------------------------------------------------------- stage 1: the VAE
 
 
-def vae_loss(
-    model: nn.Module, world: Clips, c: Config, part: int, step: int
-) -> tuple[Tensor, dict]:
-    """A batch of clips of one size, another one each step, in all as many pixels as there fit.
-    Of them this part: as its share of the mean over all."""
+def vae_batch(
+    vae: VAE, world: Clips, c: Config, step: int, part: int
+) -> tuple[Tensor, Tensor, float]:
+    """Clips of one size, another one each step, in all as many pixels as there fit. Of them this
+    part: video [B, C, T, H, W], noise [B, Z, t, h, w], and its share in the mean over all."""
     part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
     clips, share = world.batch(step, part, parts, c.vae_batch)
-    video = to_float(clips)  # [B, C, T, H, W]
-    grid = bare(model).grid(*video.shape[2:])
+    video, device = to_float(clips), vae.mean.device
+    grid = vae.grid(*video.shape[2:])
     whole = 4 * (c.vae_batch + parts)  # each clip's noise is its own, whoever has it
     noise = torch.randn(whole, c.channels, *grid, generator=seeded(c.seed, 1, step))[part::parts]
-    device = bare(model).mean.device
-    loss, logs = model(video.to(device), noise[: len(video)].to(device))
-    return loss * share, logs
+    return video.to(device), noise[: len(video)].to(device), share
 
 
 # ---------------------------------------------------------------------- stage 2: the language model
 
 
-def text_loss(
-    model: nn.Module, source: Source, c: Config, part: int, step: int
-) -> tuple[Tensor, dict]:
-    """Labelled clips of one size, another one each step, and prompts of others, of any sizes. Of
-    them this part: the sum over its tokens, divided by how many there are in all parts."""
+Lessons = tuple[list, list, list, list, int]  # clips, captions, prompts, answers, all their tokens
+
+
+def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
+    """Labelled clips of one size, another one each step, and prompts of others, of any sizes: this
+    part of them, and how many tokens there are in all parts."""
     world, tokenizer = source.world, source.tokenizer
     images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
     size = world.size([step], images=float(images))[0]
@@ -192,13 +192,10 @@ def text_loss(
     mine = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
     video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
     seen = list(source.vae.encode(video))  # [Z, t, h, w] each
-    total, _ = model(seen, captions[mine], told[mine], answers[mine])
-    return total / tokens, {"clips": count}
+    return seen, captions[mine], told[mine], answers[mine], tokens
 
 
-def own_text_loss(
-    model: nn.Module, source: Source, c: Config, part: int, step: int
-) -> tuple[Tensor, dict]:
+def own_text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     """The same of own clips, all of which have a caption. Nobody wrote a short and a long one of
     the same clip, so that there is no expander."""
     part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
@@ -221,8 +218,7 @@ def own_text_loss(
     video = to_float([clips[j] for j in here]).to(source.vae.mean.device)
     with torch.no_grad():
         seen = list(source.vae.encode(video))  # [Z, t, h, w] each
-    total, _ = model(seen, told(index[here]), [], [])
-    return total / tokens, {"clips": sum(len(index) for index, _ in groups)}
+    return seen, told(index[here]), [], [], tokens
 
 
 # --------------------------------------------------------------------------------- stage 3: the DiT
@@ -347,15 +343,15 @@ def gallery(run: sample.Run, world: Clips, path: Path) -> None:
 # DiT's B, L and XL, for many GPUs.
 COLUMNS = (
     "width depth heads patch channels space_factor vae_width vae_batch digit rows tokens lr "
-    "rope_base vae_lr vae_steps steps"
+    "rope_base vae_lr vae_steps steps accumulate"
 )
 PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
     "tiny":  (),  # the defaults of Config: 2.0 M, 32 x 32
-    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
-    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
-    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
-    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
-    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100.0, 1e-3, 100_000, 400_000),
+    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000, 1),
+    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000, 1),
+    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000, 1),
+    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000, 1),
+    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100.0, 1e-3, 100_000, 400_000, 1),
 }  # fmt: skip
 
 
@@ -577,8 +573,13 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
     vae, start = make_vae(c), starting_from(c, out, "vae")
     weights.begin_with(vae, start)
 
-    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
-        return vae_loss(model, world, c, part, step)
+    def batch(step: int, part: int) -> tuple[Tensor, Tensor, float]:
+        return vae_batch(vae, world, c, step, part)
+
+    def loss(model: nn.Module, batch: tuple, step: int) -> tuple[Tensor, dict]:
+        video, noise, share = batch
+        mean, logs = model(video, noise)
+        return mean * share, logs
 
     def measure(averaged: VAE) -> None:
         clips = map(to_float, world.examples(c.vae_batch))
@@ -586,7 +587,8 @@ def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torc
 
     sees = {name: value for name, value in facts["world"].items() if name != "captions"}
     facts = facts | {"world": sees, "model": asdict(vae.config)}  # other captions: the same VAE
-    fit(Stage("vae", vae, c.vae_steps, c.vae_lr, loss, facts, finish=measure), c, out, device)
+    stage = Stage("vae", vae, c.vae_steps, c.vae_lr, batch, loss, facts, finish=measure)
+    fit(stage, c, out, device)
 
 
 def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
@@ -600,11 +602,16 @@ def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.de
     model = LanguageModel(LanguageConfig(*sizes, **shape))
     weights.begin_with(model, start)
 
-    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
-        return (own_text_loss if c.data else text_loss)(model, source, c, part, step)
+    def batch(step: int, part: int) -> Lessons:
+        return (own_text_batch if c.data else text_batch)(source, c, step, part)
+
+    def loss(model: nn.Module, lessons: Lessons, step: int) -> tuple[Tensor, dict]:
+        """The sum over this part's tokens, divided by how many there are in all parts."""
+        *asked, tokens = lessons
+        return model(*asked)[0] / tokens, {"tokens": tokens}
 
     facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
-    fit(Stage("text", model, c.text_steps, c.text_lr, loss, facts), c, out, device)
+    fit(Stage("text", model, c.text_steps, c.text_lr, batch, loss, facts), c, out, device)
 
 
 def caption_folder(c: Config, world: Folder, facts: dict, out: Path, device) -> None:
@@ -662,7 +669,8 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     if c.compile:
         for block in dit.blocks:
             block.compile()
-    maker = ThreadPoolExecutor(1)  # where captions are written, it makes batches while we train
+    # Makes batches while we train. One thread of its own: more would wait for each other.
+    maker = ThreadPoolExecutor(1, "maker", torch.set_num_threads, (1,))
     aside = []  # what is only measured on
     ahead = {}  # by the first of AHEAD steps: what is being made for them
 
@@ -674,16 +682,19 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
                 world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
         return made
 
-    def loss(model: nn.Module, step: int, part: int) -> tuple[Tensor, dict]:
+    def batch(step: int, part: int) -> Part:
         first = step - step % AHEAD
         if first not in ahead:
             ahead.clear()
             ahead[first] = maker.submit(make, first)
         after = first + AHEAD
-        if source.language and after not in ahead and after < c.steps:  # it takes a while to write
+        if not c.data and after not in ahead and after < c.steps:  # own clips: see `make`
             ahead.pop(first - AHEAD, None)
             ahead[after] = maker.submit(make, after)
-        return dit_loss(model, ahead[first].result()[step - first][part], c, step)
+        return ahead[first].result()[step - first][part]
+
+    def loss(model: nn.Module, part: Part, step: int) -> tuple[Tensor, dict]:
+        return dit_loss(model, part, c, step)
 
     def measure(averaged: nn.Module) -> float:
         if not aside:  # made when it is first needed
@@ -699,14 +710,9 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
         preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
 
     facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
-    stage = Stage("dit", dit, c.steps, c.lr, loss, facts, show, measure=measure, large=True)
-    threads = torch.get_num_threads()
-    if source.language:  # of several cores one is the maker's, the others are ours
-        maker.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(max(1, threads - 1))
+    stage = Stage("dit", dit, c.steps, c.lr, batch, loss, facts, show, measure=measure, large=True)
     with maker:
         averaged = fit(stage, c, out, device)
-    torch.set_num_threads(threads)
     if rank() == 0:
         gallery(run_of(averaged), world, out / "gallery.gif")
         print(f"wrote {out / 'gallery.gif'}", end="")
