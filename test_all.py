@@ -1961,16 +1961,17 @@ def weights(out: Path, stages: tuple[str, ...] = ("vae", "text", "dit")) -> dict
 
 def stop_and_continue(run, stage: str, step: int) -> None:
     """run() trains; it is stopped by a signal inside a step, then runs to its end."""
-    loss = getattr(train, f"{stage}_loss")
+    name, place = ("dit_loss", -1) if stage == "dit" else (f"{stage}_batch", -2)
+    work = getattr(train, name)
 
     def interrupted(*args):
-        if args[-1] == step:
+        if args[place] == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
+        return work(*args)
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, f"{stage}_loss", interrupted)
+        patch.setattr(train, name, interrupted)
         with pytest.raises(SystemExit, match=f"stopped at step {step + 1} of {stage}"):
             run()
     loop.STOP.clear()
@@ -2767,7 +2768,7 @@ def test_the_captioner_writes_what_people_did_not(own, own_whole, tmp_path, monk
 
 
 def test_the_loss_of_own_captions_is_the_same_in_parts(own):
-    c = configured("--data", str(own), "--text-batch", "4")
+    c = configured("--data", str(own), "--text-batch", "4", "--accumulate", "1")
     some = opened(own).captioned()
     assert {entry["file"] for entry in some.entries} == {"h264.mp4", "sub/vp9.webm"}
     torch.manual_seed(0)
