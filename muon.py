@@ -86,7 +86,8 @@ class Muon(torch.optim.Optimizer):
 def main():
     torch.manual_seed(0)
     gradient = torch.randn(64, 8) @ torch.randn(8, 128) + 0.5 * torch.randn(64, 128)
-    for name, x in (("a gradient", gradient), ("Muon's update", orthogonal(gradient[None])[0].float())):
+    update = orthogonal(gradient[None])[0].float()
+    for name, x in (("a gradient", gradient), ("Muon's update", update)):
         values = torch.linalg.svdvals(x)
         shown = ", ".join(f"{v:.2f}" for v in values[::9].tolist())
         print(f"singular values of {name} {list(x.shape)}: {shown}")
