@@ -130,8 +130,9 @@ class Config:
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     ema: float = 0.99
     clip: float = 1.0  # the most that the gradient's norm may be
-    accumulate: int = 2  # parts in which a process does its share of a step: one after the other,
-    # which takes less memory; or, by a single process on a CPU, side by side, which is faster
+    # Parts in which a process does its share of a step, one after the other, to take less memory. A
+    # process alone on a CPU does them side by side, which is faster. 0: two there, one elsewhere
+    accumulate: int = 0
     shard: bool = False  # FSDP2: the transformer's weights are spread over all processes
     compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
     recompute: bool = False  # the backward pass makes activations again: slower, far less memory
@@ -343,15 +344,15 @@ def gallery(run: sample.Run, world: Clips, path: Path) -> None:
 # DiT's B, L and XL, for many GPUs.
 COLUMNS = (
     "width depth heads patch channels space_factor vae_width vae_batch digit rows tokens lr "
-    "rope_base vae_lr vae_steps steps accumulate"
+    "rope_base vae_lr vae_steps steps"
 )
 PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
     "tiny":  (),  # the defaults of Config: 2.0 M, 32 x 32
-    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10., 3e-3, 5_000, 20_000, 1),
-    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100., 2e-3, 50_000, 200_000, 1),
-    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100., 1e-3, 100_000, 300_000, 1),
-    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100., 1e-3, 100_000, 400_000, 1),
-    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100., 1e-3, 100_000, 400_000, 1)
+    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
+    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
+    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
+    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
+    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100.0, 1e-3, 100_000, 400_000),
 }  # fmt: skip
 
 
@@ -388,7 +389,11 @@ def parse(argv: list[str] | None = None) -> Config:
         if isinstance(value, bool):
             how, shown = {"action": argparse.BooleanOptionalAction}, "no"
         parser.add_argument(flag, default=value, help=f"default: {shown}", **how)
-    return Config(**vars(parser.parse_args(argv)))
+    c = Config(**vars(parser.parse_args(argv)))
+    elsewhere = c.dry_run or "RANK" in os.environ or torch.cuda.is_available()
+    most = min(torch.get_num_threads(), c.rows, c.vae_batch, c.text_batch)
+    best = 1 if elsewhere else max(1, min(2, most))
+    return replace(c, accumulate=c.accumulate or best)
 
 
 def main(c: Config) -> None:
