@@ -95,7 +95,8 @@ def plot(figures: list[dict], width: int = 420, height: int = 300) -> Image.Imag
         pen.rectangle((left, top, left + width, top + height), outline=(90, 90, 100))
         for share in (0.0, 0.5, 1.0):
             said = f"{low + share * (high - low):.2f}"
-            pen.text((left - 40, top + height * (1 - share) - 6), said, fill=(160, 160, 160))
+            at = top + 20 + (1 - share) * (height - 40)  # as the points below
+            pen.text((left - 40, at - 6), said, fill=(160, 160, 160))
         for n, (name, color) in enumerate(curves.items()):
             pen.text((left + 8 + 80 * n, top + 4), name, fill=color)
             points = []
