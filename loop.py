@@ -70,10 +70,6 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def bare(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def deal(costs: list[float], parts: int) -> list[list[int]]:
     """Deal items out to parts that cost about the same: the dearest first, each to the part that
     costs least so far and has room. No part has more than its share in number, rounded up."""

@@ -86,6 +86,10 @@ def plot(figures: list[dict], width: int = 420, height: int = 300) -> Image.Imag
     sheet = Image.new("RGB", (len(panels) * (width + 80) + 20, height + 100), (24, 24, 32))
     pen = ImageDraw.Draw(sheet)
     x = [math.log10(f["flops"]) for f in figures]
+
+    def height_of(up: float, top: int) -> float:  # up: 0 to 1, a little inside the frame
+        return top + 20 + (1 - up) * (height - 40)
+
     for k, (title, curves) in enumerate(panels.items()):
         left, top = 60 + k * (width + 80), 40
         values = [f[name] for name in curves for f in figures]
@@ -95,17 +99,14 @@ def plot(figures: list[dict], width: int = 420, height: int = 300) -> Image.Imag
         pen.rectangle((left, top, left + width, top + height), outline=(90, 90, 100))
         for share in (0.0, 0.5, 1.0):
             said = f"{low + share * (high - low):.2f}"
-            at = top + 20 + (1 - share) * (height - 40)  # as the points below
-            pen.text((left - 40, at - 6), said, fill=(160, 160, 160))
+            pen.text((left - 40, height_of(share, top) - 6), said, fill=(160, 160, 160))
         for n, (name, color) in enumerate(curves.items()):
             pen.text((left + 8 + 80 * n, top + 4), name, fill=color)
             points = []
             for f, at in zip(figures, x, strict=True):
                 across = (at - x[0]) / max(x[-1] - x[0], 1e-9)
                 up = (f[name] - low) / (high - low)
-                points.append(
-                    (left + 20 + across * (width - 40), top + 20 + (1 - up) * (height - 40))
-                )
+                points.append((left + 20 + across * (width - 40), height_of(up, top)))
                 pen.text(
                     (points[-1][0] - 20, top + height + 6), f"{f['flops']:.1e}", fill=(160,) * 3
                 )
