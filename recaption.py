@@ -69,15 +69,14 @@ def expander_pairs(
 
 
 def captions_to_learn(
-    world: data.World, index: np.ndarray, facts: list[dict], share: float, short: float, u: Tensor
+    short: list[str], facts: list[dict], labelled: np.ndarray, keep: np.ndarray
 ) -> list[str | None]:
-    """The captions that the diffusion transformer learns from; None where there is but a short one,
-    and the captioner is to write. short: the share of short ones; u [n] in [0, 1)."""
-    known = world.labelled(index, share)
-    written = zip(world.short_captions(index, facts), facts, known, u.tolist(), strict=True)
+    """The captions that the diffusion transformer learns from, of n clips; None where there is but
+    a short one, and the captioner is to write. labelled, keep [n] bool: of which a descriptive one
+    is known, and which keep the short one."""
     return [
-        brief if x < short else data.descriptive_caption(fact) if label else None
-        for brief, fact, label, x in written
+        brief if stays else data.descriptive_caption(fact) if label else None
+        for brief, fact, label, stays in zip(short, facts, labelled, keep, strict=True)
     ]
 
 

@@ -385,6 +385,7 @@ def minute(job: Job, n: int) -> None:
     real = choose(job.world, n, size, lambda path: np.ones(len(path), bool))
 
     def task(prompts, seeds):
+        prompts = sample.expand(job.run, prompts, size, seeds)
         parts = sample.stream(job.run, prompts, size, seeds, how=job.settings("new"))
         chunks = []
         with tqdm(total=MINUTE, desc="a minute", unit="frame", leave=False) as bar:
