@@ -39,7 +39,6 @@ from text import Tokenizer
 from vae import VAE
 
 FARTHEST = 6  # latent frames; how much later than its clip a window may begin
-BEGUN = 0.3  # share of the clips with given frames that are such windows
 
 
 @dataclass
@@ -60,11 +59,11 @@ def draw_known(T: int, u: np.ndarray) -> np.ndarray:
     """Which frames of a clip are given: [T] bool. u [3 + T] is uniform in [0, 1)."""
     known, kind = np.zeros(T, bool), u[0]
     some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
-    if kind < 0.2:  # animate an image
+    if kind < 0.3:  # animate an image
         known[0] = True
-    if 0.2 <= kind < 0.45 or 0.7 <= kind < 0.9:  # extend; with the next: connect
+    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
         known[: 1 + some[0]] = True
-    if 0.45 <= kind < 0.9:  # extend backward
+    if 0.5 <= kind < 0.9:  # extend backward
         known[T - 1 - some[1] :] = True
     if kind >= 0.9:  # any frames
         known = u[3:] < u[1]
@@ -82,7 +81,6 @@ class Clip:
     patches: int  # in each of its t latent frames
     known: np.ndarray  # [T] bool: frames that are given
     past: int  # latent frames that are given as a window's past, a little noisy; mostly none
-    start: int  # 1: a window from later on in a longer clip (see `patches.grid_positions`)
     level: np.ndarray  # [t] float: of each latent frame; NaN until the batch says
     free: np.ndarray  # [t] bool: whether it is to be learned
 
@@ -92,30 +90,27 @@ class Clip:
 
     @property
     def alike(self) -> tuple:  # clips of which this is the same are encoded together
-        return self.size, self.start, self.past > 0
+        return self.size, self.past > 0
 
 
 def draw_clip(
     vae: VAE, c, index: int, key: int, size: list[int], frames: int, text: list[int]
 ) -> Clip:
     """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given, of a clip or of such a window, as when a clip is extended backward and
-    more will come before that; or just a clip. frames: how many there are of it."""
+    some frames are given; or just a clip. frames: how many there are of it."""
     random = np.random.default_rng([c.seed, 3, key])
     kind, T, (t, h, w) = random.random(), size[0], vae.grid(*size)
     known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
-    longer, start = frames >= T + FARTHEST * c.time_factor, 0  # else it has no later on
     if T > 1 and kind < c.later:  # all of an image would be given
-        if longer:
-            past, start = int(random.integers(1, t)), 1
+        if frames >= T + FARTHEST * c.time_factor:  # else it has no later on
+            past = int(random.integers(1, t))
             level[:past] = 0.2 * random.random()
     elif T > 1 and kind < c.later + c.given:
         known = draw_known(T, random.random(3 + T))
         given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
         level[given.reshape(t, -1).all(1)] = 0
-        start = int(longer and random.random() < BEGUN)
     count = patches.token_count((1, h, w), c.patch)
-    return Clip(index, key, tuple(size), text, count, known, past, start, level, np.isnan(level))
+    return Clip(index, key, tuple(size), text, count, known, past, level, np.isnan(level))
 
 
 # -------------------------------------------------------------------------------- deciding: a batch
@@ -228,15 +223,14 @@ def own_clips(drawn: list[tuple]) -> list[Clip]:
 def encode_alike(
     vae: VAE, world: data.World | Folder, c, clips: list[Clip], ahead: int
 ) -> list[Tensor]:
-    """Clips that are alike: of each the clean latent and what the network is shown of given frames,
-    [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
-    (T, H, W), start, past = clips[0].alike
+    """Clips of one size, all of them windows or none: of each the clean latent and what the network
+    is shown of given frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
+    (T, H, W), windows = clips[0].alike
     ft, index = c.time_factor, [clip.index for clip in clips]
-    size = (T + start * ft * ahead, H, W)
+    size = (T + ft * ahead, H, W) if windows else (T, H, W)
     video = to_float(world.clips(index, size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
-    latent = vae.encode(video if past else video[:, :, -T:])  # [b, Z, t, h, w]
-    video = video[:, :, -T:]
-    if past:
+    latent = vae.encode(video)  # [b, Z, t, h, w]
+    if windows:
         latent, given = latent[:, :, ahead:], []
         for clip, one in zip(clips, latent.split(1), strict=True):
             eps = torch.randn(one.shape, generator=seeded(c.seed, 6, clip.key)).to(one)
@@ -293,7 +287,7 @@ def make_part(
     layout = [[place[k] for k in plan[row] if k in place] for row in rows]
     layout += [[]] * (most - len(rows))
     mine = [clips[k] for k in here]
-    texts, starts = [clip.text for clip in mine], [clip.start for clip in mine]
+    texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
     encoded = [latents[clip.index] for clip in mine]
     packed = patches.pack(encoded, texts, c.patch, c.tokens, layout, starts)
     level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
@@ -324,10 +318,9 @@ def encode_clips(source: Source, c, shard: Shard, done: Latents) -> None:
             drawn = zip(index.tolist(), keys[k], frames, strict=True)
             clips = [draw_clip(vae, c, i, key, shape, there, []) for i, key, there in drawn]
             ahead = int(random.integers(1, FARTHEST + 1))
-            for kind in {clip.alike: None for clip in clips}:
-                some = [clip for clip in clips if clip.alike == kind]
+            for some in ([x for x in clips if x.past == 0], [x for x in clips if x.past]):
                 with bf16(vae.mean.device):  # as in training
-                    latents = encode_alike(vae, world, c, some, ahead)
+                    latents = encode_alike(vae, world, c, some, ahead) if some else []
                 for clip, latent in zip(some, latents, strict=True):
                     made.setdefault(clip.index, [clip.key]).append(latent)
         shard.append([one for i, one in made.items() if i not in world.lost])

@@ -8,8 +8,8 @@ The idea. In every task some frames of a clip are known, and the others are made
     text     . . . . .        animate    I . . . .        extend    A A . . .
     connect  A A . B B        backward   . . . A A        loop      A A . A A
 
-The network is shown two things beside the noisy latents: the latents of what is known, standing
-still where nothing is, and a mask that says which of the frames of each latent are known:
+The network is shown two things beside the noisy latents: the latents of what is known, encoded with
+all else blanked, and a mask that says which of the frames of each latent are known:
 
     x      [N, Z, t, h, w]       noisy; latent frames that are known whole are at level 0 and stay
     given  [N, Z + ft, t, h, w]  what is known, and the mask: a latent can be known in part
@@ -102,9 +102,7 @@ class Settings:
 
 
 DEFAULT = Settings()
-# Frames show it already, so that less of a push kept digits a bit better. Noise between the steps
-# lets the network mend where a digit is, which has to agree with the frames that are given.
-GIVEN = Settings(steps=50, guidance=3.0, eta=1.0)
+GIVEN = Settings(guidance=3.0)  # frames show it already; less of a push kept digits a bit better
 SETTINGS = {  # of each task of sample.py, by the name of its flag
     "new": DEFAULT,
     "image": DEFAULT,
@@ -256,28 +254,20 @@ def denoise_window(
 def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """What the network is shown of given frames: video [B, C, T, H, W], known [B, T] bool ->
 
-    given [B, Z + ft, t, h, w]: latents of a video of given frames alone, and a mask that says which
-    of the ft frames of each latent are given (latent 0 has but one, which fills all); whole [B, t]
-    bool: latent frames all of whose frames are given.
+    given [B, Z + ft, t, h, w]: latents of the video with all that is not given blanked, and a mask
+    that says which of the ft frames of each latent are given (latent 0 has but one, which fills
+    all); whole [B, t] bool: latent frames all of whose frames are given.
 
-    Alone, since a latent looks into the past: the latents of a given *ending*, cut from the whole
+    Blanked, since a latent looks into the past: the latents of a given *ending*, cut from the whole
     clip, would tell what came before it, and training would teach the network to read it there.
-
-    In the place of each frame that is not given stands the given one that is nearest in time, and
-    the mask says that it only stands in. So each patch is shown what was or will be at its own
-    place, as image to video models are ("Stable Video Diffusion", Blattmann et al. 2023, shows the
-    first frame beside all), and need not look for it. It is also what the VAE knows: were the
-    others black, an ending would begin out of nowhere, and its first latents would be wrong.
     """
-    ft, time = vae.config.time_factor, torch.arange(video.shape[2], device=video.device)
-    apart = (time[:, None] - time).abs()  # [T, T]
-    nearest = torch.where(known[:, None], apart, len(time)).argmin(dim=2)  # [B, T]
-    alone = video.gather(2, nearest[:, None, :, None, None].expand_as(video))
-    latent = vae.encode(alone)  # [B, Z, t, h, w]
+    ft = vae.config.time_factor
+    blanked = torch.where(known[:, None, :, None, None], video, -1.0)  # black
+    latent = vae.encode(blanked)  # [B, Z, t, h, w]
     frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
     frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
     mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
-    return torch.cat([latent, mask], dim=1), frames.all(1)
+    return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
 
 
 def noisy_context(
@@ -285,20 +275,19 @@ def noisy_context(
 ) -> Tensor:
     """What the network is shown of a clip's past, in a window from the middle of a long clip.
 
-    latent [N, Z, t, h, w], the first `count` frames of which are the past -> [N, Z + ft, t, h, w]
-    as by `encode_given`, but noised to `level` (with eps, like latent); the last of the past stands
-    in for what follows.
+    latent [N, Z, t, h, w], the first `count` frames of which are the past -> [N, Z + ft, t, h, w],
+    which is what `encode_given` makes of whole frames, but noised to `level` (with eps, like
+    latent).
 
     A window's past was made by the model, and is not quite right. Taken for clean, its mistakes
     would add up from window to window. Noise hides them, and the network is told how much there is.
     Training does the same: the past's frames are at `level` in the noisy clip, too (with noise of
     its own), count toward no loss, and positions start at time 1.
     """
-    time = torch.arange(latent.shape[2], device=latent.device)  # [t]
-    mask = (time < count).to(latent)[:, None, None].expand(len(latent), ft, -1, *latent.shape[3:])
+    past = torch.arange(latent.shape[2], device=latent.device) < count  # [t]
+    mask = past.to(latent)[:, None, None].expand(len(latent), ft, -1, *latent.shape[3:])
     level = torch.as_tensor(level, dtype=latent.dtype, device=latent.device)
-    shown = diffusion.add_noise(latent, eps, level)[:, :, time.clamp(max=count - 1)]
-    return torch.cat([shown, mask], dim=1)
+    return torch.cat([diffusion.add_noise(latent, eps, level) * mask[:, :1], mask], dim=1)
 
 
 def to_float(clips: np.ndarray | list[np.ndarray]) -> Tensor:
@@ -337,9 +326,11 @@ def forward_context(run: Run, L: int, beside: int = 2) -> int:
 
 
 def backward_context(run: Run, L: int) -> int:
-    """The same for what comes before them: the last latents of a window have ft frames each."""
+    """The same for what comes before them: the last latents of a window have ft frames each. One
+    frame more lies in a latent that is made: the VAE decodes from the past, so that what is given
+    after a latent does nothing for its frames, and what is given of it does."""
     ft = run.vae.config.time_factor
-    return L if L < ft else ft * min(L // ft, trained_window(run) // 2)
+    return L if L <= ft else 1 + ft * min((L - 1) // ft, trained_window(run) // 2)
 
 
 def room(run: Run, L: int, task: str) -> int:

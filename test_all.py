@@ -1525,34 +1525,6 @@ def test_what_is_to_be_made_is_not_in_what_is_shown(run):
     )
 
 
-def test_what_is_not_given_is_shown_as_the_nearest_given_frame():
-    seen, known = [], torch.isin(torch.arange(13), torch.tensor([3, 4, 9]))[None]
-    vae = SimpleNamespace(config=SimpleNamespace(time_factor=4))
-    vae.encode = lambda video: seen.append(video.flatten().tolist()) or torch.ones(1, 1, 4, 1, 1)
-    given, whole = prompting.encode_given(vae, torch.arange(13.0).view(1, 1, 13, 1, 1), known)
-    assert seen == [[3, 3, 3, 3, 4, 4, 4, 9, 9, 9, 9, 9, 9]] and not whole.any()
-    mask = [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]  # of each latent's ft frames
-    assert given[0, 1:, :, 0, 0].T.tolist() == mask
-
-
-def test_windows_with_given_frames_begin_later(run, moving):
-    """Their frames are those of the longer clip, seen alone, and positions start at time 1."""
-    c, frames = configured("--given", "1", "--later", "0"), 10**6
-    drawn = [batches.draw_clip(run.vae, c, k, k, [9, 32, 32], frames, []) for k in range(60)]
-    some = [clip for clip in drawn if clip.start and clip.known.any()]
-    assert 5 < len(some) < 40 and some[0].alike == ((9, 32, 32), 1, False)
-    index = [clip.index for clip in some]
-    video = prompting.to_float(moving.clips(index, (17, 32, 32))[0])[:, :, 8:]
-    known = torch.from_numpy(np.stack([clip.known for clip in some]))
-    given, held = prompting.encode_given(run.vae, video, known)
-    made = torch.stack(batches.encode_alike(run.vae, moving, c, some, ahead=2))
-    assert close(made[:, 3:], given)
-    held = held[:, None, :, None, None]
-    assert close(made[:, :3], torch.where(held, given[:, :3], run.vae.encode(video)))
-    short = batches.draw_clip(run.vae, c, index[0], index[0], [9, 32, 32], 20, [])
-    assert not short.start  # it has no later on
-
-
 def test_extend_uses_what_is_given(run):
     a = clip_of(5)
     b = a.copy()
@@ -1648,8 +1620,7 @@ def test_short_stream_is_generate(run):
 def test_noisy_context(run):
     latent, eps = torch.randn(2, 3, 5, 4, 6), torch.randn(2, 3, 5, 4, 6)
     clean = prompting.noisy_context(latent, 2, 0.0, eps, 4)
-    assert torch.equal(clean[:, :3, :2], latent[:, :, :2]) and (clean[:, 3:, 2:] == 0).all()
-    assert torch.equal(clean[:, :3, 2:], latent[:, :, [1, 1, 1]])  # the last of it stands still
+    assert torch.equal(clean[:, :3, :2], latent[:, :, :2]) and (clean[:, :, 2:] == 0).all()
     assert (clean[:, 3:, :2] == 1).all() and clean.shape == (2, 7, 5, 4, 6)
     noisy = prompting.noisy_context(latent, 2, torch.full((2, 1, 1, 1, 1), 1.0), eps, 4)
     assert torch.allclose(noisy[:, :3, :2], eps[:, :, :2])
@@ -2741,7 +2712,7 @@ def test_latents_on_disk_are_what_training_would_make(own, own_whole, tmp_path, 
             frames = int(found.frames([k])[0])
             clip = batches.draw_clip(vae, c, k, key, [T, *size[1:]], frames, [])
             given += clip.known.any()
-            if not clip.start:  # windows begin anywhere
+            if not clip.past:  # windows begin anywhere
                 assert close(stored, batches.encode_alike(vae, found, c, [clip], 0)[0], 0.05)
     assert given > 2
 

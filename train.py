@@ -122,7 +122,7 @@ class Config:
     lr: float = 1e-2
     image_phase: float = 0.2  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
-    given: float = 0.4  # share of the clips in which some frames are given
+    given: float = 0.3  # share of the clips in which some frames are given
     later: float = 0.1  # share of the clips that are windows from later on, their past given
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
