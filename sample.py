@@ -45,6 +45,7 @@ from clips import write_gallery as write_gallery
 from dit import MOST_WORDS
 from prompting import (
     DEFAULT,
+    GIVEN,
     SETTINGS,
     Run,
     Settings,
@@ -235,10 +236,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
-    say("--steps", type=int, default=DEFAULT.steps, help="sampling steps (default: %(default)s)")
+    given, new = GIVEN.steps, DEFAULT.steps
+    ways = f"default: ddpm, {given} steps, for extend, loop and connect; else ddim, {new}"
+    say("--steps", type=int, help=f"sampling steps ({ways})")
     strong = ", ".join(f"{how.guidance:g} for {task}" for task, how in SETTINGS.items())
     say("--guidance", type=float, help=f"1: none (default: {strong})")
-    say("--sampler", choices=["ddim", "ddpm"], default="ddim")
+    say("--sampler", choices=["ddim", "ddpm"], help="ddpm draws fresh noise in each step")
     say("--fps", type=int, help="frames a second (default: as trained, 10 for moving digits)")
     say(
         "--scale",
@@ -310,8 +313,10 @@ def task_of(
     """The size (T, H, W) of what is asked for, and what makes it: prompts, seeds -> uint8
     [N, C, n, H, W] ..."""
     task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
-    guidance = SETTINGS[task].guidance if args.guidance is None else args.guidance
-    how = Settings(args.steps, guidance, float(args.sampler == "ddpm"))
+    how = SETTINGS[task]
+    eta = how.eta if args.sampler is None else float(args.sampler == "ddpm")
+    guidance = how.guidance if args.guidance is None else args.guidance
+    how = Settings(how.steps if args.steps is None else args.steps, guidance, eta)
     kinds = ("extend", "loop", "connect")
     kind = next((k for k in kinds if getattr(args, k)), "new")
     kind = "backward" if args.backward else kind
