@@ -1552,7 +1552,7 @@ def test_only_the_beginning_of_a_clip_starts_at_time_0(run, monkeypatch):
     assert of(sample.extend, short, 4, [0]) == [0] and of(sample.extend, long, 4, [0]) == [1]
     assert of(sample.extend, short, 20, [0]) == [0, 1]
     assert of(sample.extend, long, 16, [0], backward=True) == [1, 0]
-    assert of(sample.loop, short, 8, [0]) == [0] and of(sample.loop, long, 8, [0]) == [1]
+    assert of(sample.loop, short, 7, [0]) == [0] and of(sample.loop, long, 7, [0]) == [1]
 
 
 # ------------------------------------------------------------------------------------------ editing
