@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
         kernels = ((3, 3, 3), (1, 3, 3))  # the first sees motion, too
         sizes = zip((config.channels, config.stem), kernels, strict=True)
         self.stem = nn.ModuleList(
-            nn.Conv3d(inputs, config.stem, kernel, padding="same") for inputs, kernel in sizes
+            nn.Conv3d(inputs, config.stem, kernel, padding=(0, 1, 1)) for inputs, kernel in sizes
         )
         self.read = nn.Linear(config.patch**2 * config.stem, d)
         self.words = nn.Embedding(config.vocabulary, d)
@@ -131,7 +131,10 @@ class LanguageModel(nn.Module):
             group = [k for k, z in enumerate(latents) if z.shape == grid]
             x = torch.stack([latents[k] for k in group])  # [b, Z, t, h, w]
             for layer in self.stem:
-                x = F.gelu(layer(x))  # [b, S, t, h, w]
+                # Zeros before and after the clip are our own: left to the convolution, an image
+                # (t = 1) comes out as NaN in bfloat16 on CPUs that have AMX (PyTorch 2.13).
+                around = layer.kernel_size[0] // 2
+                x = F.gelu(layer(F.pad(x, (0, 0, 0, 0, around, around))))  # [b, S, t, h, w]
             for k, one in zip(group, self.read(patches.patchify(x, p)), strict=True):
                 tokens[k] = one  # [n, d]
         position = [patches.grid_positions(*z.shape[1:], p).to(z.device) for z in latents]
