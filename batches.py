@@ -31,7 +31,7 @@ import diffusion
 import patches
 import recaption
 from folder import Folder
-from language import Language
+from language import Language, asked
 from latents import Latents, Shard
 from loop import deal, rank, ranks, seeded
 from prompting import bf16, encode_given, noisy_context, to_float
@@ -116,9 +116,9 @@ def draw_clip(
 # -------------------------------------------------------------------------------- deciding: a batch
 
 
-def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list, list]:
     """The clips that come next, as many as could fit at all: their numbers [n], sizes [n, 3],
-    counts of patches [n], and captions, None where one is to be written."""
+    counts of patches [n], captions, None where one is to be written, and the short ones."""
     world, most = source.world, c.rows * c.tokens // 10
     index = world.numbers(step, most)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
@@ -127,36 +127,40 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     count = count[kind.reshape(-1)]  # [most]
     few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))
     index, size, count = index[:few], size[:few], count[:few]
+    dropped = torch.rand(few, generator=seeded(c.seed, 2, step)).numpy() < c.dropout
     if c.data or c.captions == "prompts":
-        return index, size, count, world.captions(index, size)
+        captions = world.captions(index, size)
+        captions = ["" if drop else x for x, drop in zip(captions, dropped, strict=True)]
+        return index, size, count, captions, captions
     facts = world.all_facts(index, size)
     short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
     keep = torch.rand(few, generator=seeded(c.seed, 8, step)).numpy() < c.short
     keep |= c.captions == "noisy"
     captions = recaption.captions_to_learn(short, facts, labelled, keep)
+    captions = ["" if drop else x for x, drop in zip(captions, dropped, strict=True)]
     # Those that are written are longer than these: what does not fit even so needs no caption.
     words = [len(source.tokenizer.encode(brief)) for brief in short]
     few = max(1, int(((count + words).cumsum() <= c.rows * c.tokens).sum()))
-    return index[:few], size[:few], count[:few], captions[:few]
+    return index[:few], size[:few], count[:few], captions[:few], short[:few]
 
 
 @torch.no_grad()
 def write_captions(source: Source, looks: list[tuple]) -> None:
     """Every process writes all that are missing: which clips fit depends on how long they are."""
-    missing, latents = {}, {}  # clips by size; latents by step and place
-    for step, (index, size, _, captions) in enumerate(looks):
+    missing, places, latents, told = {}, [], [], []  # clips by size; then, clip by clip
+    for index, size, _, captions, short in looks:
         for k, caption in enumerate(captions):
             if caption is None:
-                missing.setdefault(tuple(size[k].tolist()), []).append((step, k, index[k]))
+                missing.setdefault(tuple(size[k].tolist()), []).append(
+                    (captions, k, index[k], short)
+                )
     for size, some in missing.items():
-        video = to_float(source.world.clips([index for *_, index in some], size)[0])
-        encoded = source.vae.encode(video.to(source.vae.mean.device))  # [b, Z, t, h, w]
-        latents |= zip(((step, k) for step, k, _ in some), encoded, strict=True)
-    places = [(step, k) for step, one in enumerate(looks) for k in range(len(one[3]))]
-    captions = [looks[step][3][k] for step, k in places]
-    written = recaption.fill_in(source.language, captions, [latents.get(at) for at in places])
-    for (step, k), said in zip(places, written, strict=True):
-        looks[step][3][k] = said
+        video = to_float(source.world.clips([index for _, _, index, _ in some], size)[0])
+        latents += source.vae.encode(video.to(source.vae.mean.device))  # [Z, t, h, w] each
+        told += [asked(short[k], size) for _, k, _, short in some]
+        places += [(captions, k) for captions, k, *_ in some]
+    for (captions, k), said in zip(places, source.language.caption(latents, told), strict=True):
+        captions[k] = said
 
 
 def lay_out(
@@ -164,10 +168,9 @@ def lay_out(
 ) -> tuple[list[Clip], list[list[int]]]:
     """The batch of a step, on all processes: the longest run of the clips that fits into it, and
     which of them are in which row."""
-    dropped = torch.rand(len(index), generator=seeded(c.seed, 2, step)) < c.dropout
     texts = [
-        source.tokenizer.encode("" if drop else caption)[: max(1, c.tokens - n)]
-        for caption, drop, n in zip(captions, dropped, count.tolist(), strict=True)
+        source.tokenizer.encode(caption)[: max(1, c.tokens - n)]
+        for caption, n in zip(captions, count.tolist(), strict=True)
     ]
     lengths = [len(text) + n for text, n in zip(texts, count.tolist(), strict=True)]
     plan = patches.longest_prefix(lengths, c.tokens, c.rows)
@@ -195,7 +198,7 @@ def draw_steps(source: Source, c, first: int, count: int) -> list[tuple]:
     if source.language:
         looks = list(looks)
         write_captions(source, looks)
-    drawn = [lay_out(source, c, step, *one) for step, one in zip(steps, looks, strict=True)]
+    drawn = [lay_out(source, c, step, *one[:4]) for step, one in zip(steps, looks, strict=True)]
     return drawn[-count:]
 
 

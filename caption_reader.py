@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import data
-from language import Language
+from language import Language, asked
 from prompting import to_float
 from vae import VAE
 
@@ -133,9 +133,11 @@ def score(said: dict | None, want: dict) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_captioner(vae: VAE, language: Language, world: data.World, clips: int) -> dict:
+def measure_captioner(
+    vae: VAE, language: Language, world: data.World, clips: int, told: bool = False
+) -> dict:
     """The share of right facts in captions of the world's clips of native sizes, by the number of
-    digits that there are."""
+    digits that there are; told: where the captioner also reads the short and noisy caption."""
     index = np.arange(clips)
     size = world.size(index)
     latents, facts = [None] * clips, world.all_facts(index, size)
@@ -145,8 +147,10 @@ def measure_captioner(vae: VAE, language: Language, world: data.World, clips: in
                 video = to_float(world.clips(group, one)[0])  # [B, C, T, H, W]
                 for k, latent in zip(group, vae.encode(video), strict=True):
                     latents[k] = latent
-    scores = {}
-    for said, fact in zip(language.caption(latents), facts, strict=True):
+    scores, short = {}, None
+    if told:
+        short = map(asked, world.short_captions(index, facts), size.tolist())
+    for said, fact in zip(language.caption(latents, short and list(short)), facts, strict=True):
         want = read_caption(data.descriptive_caption(fact))
         kind = f"{'one' if len(want['digits']) == 1 else 'two'} in "
         kind += "a clip" if fact["frames"] > 1 else "an image"

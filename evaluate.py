@@ -277,7 +277,9 @@ def language(args: argparse.Namespace) -> None:
     config = data.WorldConfig(**writer.world)
     world = data.World(config, *digits(held_out=True), seed=args.seed)
     compared = compare(folder, Path(args.against), args) if args.against else None
-    figures = {"captioner": caption_reader.measure_captioner(vae, writer, world, args.clips)}
+    seen = (vae, writer, world, args.clips)
+    figures = {"captioner": caption_reader.measure_captioner(*seen)}
+    figures["captioner, told"] = caption_reader.measure_captioner(*seen, told=True)
     figures["expander"] = caption_reader.measure_expander(writer, world, args.clips)
     if compared:
         figures["clips of prompts"] = compared

@@ -7,11 +7,17 @@ The idea (the report's "language understanding", after Betker et al. 2023, DALL-
 *captioner* on the few clips with good captions, let it caption all the others, and train the video
 model on those. Then, since it now wants long captions, train an *expander* that turns a short
 prompt into one. Both write the same sort of text from something else: one *prefix language model*
-(Raffel et al. 2019, T5, section 3.2.1), used twice.
+(Raffel et al. 2019, T5, section 3.2.1), used three times.
 
-    prefix                                 written, a token at a time
-    a clip's latent patches [n, p p Z]     END a 7 at top left moving left ...   END
-    "17 x 32 x 32: a 7 moving left"        END a 7 at top left moving left ...   END
+    prefix                                        written, a token at a time
+    a clip's latent patches [n, p p Z]            END a 7 at top left moving left ...   END
+    "17 x 32 x 32: a 7 moving left"               END a 7 at top left moving left ...   END
+    patches, "17 x 32 x 32: a 7 moving left"      END a 7 at top left moving left ...   END
+
+The third is for a clip that came with a few words. They lack most of what is seen, but what they do
+say is true, where a captioner can mistake a 4 for a 9: the two together are better than either (as
+in CapsFusion, Yu et al. 2023). Where the patches are but the beginning of a clip, it is also the
+expander of a prompt that comes with an image or a clip to go on from.
 
 Everything in the prefix sees everything in it; a token that is written sees the prefix and what was
 written before it. As a mask, for a prefix of 3 and a text of 4:
@@ -117,7 +123,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.say = nn.Linear(d, config.vocabulary)
 
-    # ----------------------------------------------------------------------------- the two prefixes
+    # --------------------------------------------------------------------------- the three prefixes
 
     def see(self, latents: list[Tensor]) -> Prefix:
         """Clips of any sizes, [Z, t, h, w] each.
@@ -153,15 +159,23 @@ class LanguageModel(nn.Module):
         after = real.sum(1)
         return Prefix(self.words(padded(ids)), position, real, after)
 
+    def prefix(self, latents: list[Tensor], prompts: list[list[int]]) -> Prefix:
+        """Clips, prompts, or of each clip a prompt after it; what there is none of is []."""
+        if not latents or not prompts:
+            return self.see(latents) if latents else self.hear(prompts)
+        seen, heard = self.see(latents), self.hear(prompts)
+        later = heard.position.clone()
+        later[..., 0] += seen.after[:, None]
+        pairs = ((seen.x, heard.x), (seen.position, later), (seen.real, heard.real))
+        return Prefix(*(torch.cat(pair, dim=1) for pair in pairs), seen.after + heard.after)
+
     # ------------------------------------------------------------------------ all at once: training
 
-    def forward(
-        self, latents: list[Tensor], captions: list, prompts: list, answers: list
-    ) -> tuple[Tensor, Tensor]:
-        """A batch of both trades, all texts as ids: the sum of the loss, the number of tokens."""
-        both = [self.loss(self.see(latents), captions)] if captions else []
-        both += [self.loss(self.hear(prompts), answers)] if prompts else []
-        return sum(total for total, _ in both), sum(count for _, count in both)
+    def forward(self, lessons: list[tuple[list, list, list]]) -> tuple[Tensor, Tensor]:
+        """Lessons of all three kinds, each (latents, prompts, texts to write), prompts and texts as
+        ids: the sum of the loss, the number of tokens."""
+        losses = [self.loss(self.prefix(*told), texts) for *told, texts in lessons if texts]
+        return sum(total for total, _ in losses), sum(count for _, count in losses)
 
     def logits(self, prefix: Prefix, text: Tensor) -> Tensor:
         """text [B, k], of which the first is END -> logits [B, k, V]: which token comes next."""
@@ -277,22 +291,34 @@ class Language:
     world: dict  # with the sizes that it was trained on
 
     @torch.no_grad()
-    def caption(self, latents: list[Tensor], at_once: int = 64) -> list[str]:
-        """What clips [Z, t, h, w] of any sizes show. Those of like size are done together, so that
-        little is padded; a caption does not depend on which."""
+    def caption(
+        self, latents: list[Tensor], told: list[str] | None = None, at_once: int = 64
+    ) -> list[str]:
+        """What clips [Z, t, h, w] of any sizes show; told: what somebody wrote of each, as `asked`
+        puts it. Those of like size are done together, so that little is padded; a caption does not
+        depend on which."""
         captions = [""] * len(latents)
+        heard = [self.tokenizer.encode(x) for x in told or []]
         order = sorted(range(len(latents)), key=lambda k: latents[k][0].numel())
         for some in (order[k : k + at_once] for k in range(0, len(order), at_once)):
-            texts = self.model.write(self.model.see([latents[k] for k in some]), greedy)
-            for k, ids in zip(some, texts, strict=True):
+            prompts = [heard[k] for k in some] if heard else []
+            prefix = self.model.prefix([latents[k] for k in some], prompts)
+            for k, ids in zip(some, self.model.write(prefix, greedy), strict=True):
                 captions[k] = self.tokenizer.decode(ids)
         return captions
 
     @torch.no_grad()
-    def expand(self, prompts: list[str], size: tuple[int, int, int], seeds: list[int]) -> list[str]:
+    def expand(
+        self,
+        prompts: list[str],
+        size: tuple[int, int, int],
+        seeds: list[int],
+        begun: list[Tensor] | None = None,
+    ) -> list[str]:
         """Short prompts as descriptive captions of a clip of `size` (T, H, W), what is not said
-        drawn by chance, a chance of its own for each seed. What is descriptive stays, and so does
-        the empty prompt."""
+        drawn by chance, a chance of its own for each seed; begun: the first latents of each clip
+        [Z, n, h, w], of a trained size, where these are given. What is descriptive stays, and so
+        does the empty prompt."""
         which = [k for k, prompt in enumerate(prompts) if is_short(prompt)]
         if not which:
             return list(prompts)
@@ -304,8 +330,11 @@ class Language:
             return likely(logits, 0.25, u.to(logits.device))
 
         heard = [self.tokenizer.encode(asked(prompts[k], size)) for k in which]
+        seen = [begun[k] for k in which] if begun else []
         expanded = list(prompts)
-        for k, ids in zip(which, self.model.write(self.model.hear(heard), pick), strict=True):
+        for k, ids in zip(
+            which, self.model.write(self.model.prefix(seen, heard), pick), strict=True
+        ):
             expanded[k] = self.tokenizer.decode(ids)
         return expanded
 

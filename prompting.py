@@ -71,9 +71,26 @@ def load_language(folder: str | Path, device: str | torch.device) -> Language:
     return Language(model, Tokenizer(saved["words"]), saved["world"])
 
 
-def expand(run: Run, prompts: list[str], size: tuple[int, int, int], seeds: list[int]) -> list[str]:
-    """Short prompts as the descriptive captions that the DiT was trained on, if it was."""
-    return run.language.expand(prompts, size, seeds) if run.language else list(prompts)
+@torch.no_grad()
+def expand(
+    run: Run,
+    prompts: list[str],
+    size: tuple[int, int, int],
+    seeds: list[int],
+    clips: list[np.ndarray] | None = None,
+) -> list[str]:
+    """Short prompts as the descriptive captions that the DiT was trained on, if it was. clips
+    uint8 [C, L, H, W], of one size: what a clip of each prompt begins with, if that is given; its
+    caption then says what is seen there."""
+    if not run.language:
+        return list(prompts)
+    begun, largest = None, max(map(max, run.world["shapes"]))
+    if clips is not None and max(clips[0].shape[2:]) <= largest:  # larger: it cannot read that
+        ft, most = run.vae.config.time_factor, max(run.world["durations"])
+        whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft  # frames that fill latents
+        video = to_float([clip[:, :whole] for clip in clips]).to(run.device)
+        begun = list(run.vae.encode(video))  # [Z, n, h, w] each
+    return run.language.expand(prompts, size, seeds, begun)
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:

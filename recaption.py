@@ -7,12 +7,13 @@ The idea (Betker et al. 2023, DALL-E 3, sections 2 and 3; the report's "language
 
     clips         what somebody wrote                  what the diffusion transformer learns from
     a tenth       a descriptive caption, and a short   the descriptive caption
-    all others    a short one: "a 7", "digit moving"   what the captioner sees in the latents
+    all others    a short one: "a 7", "digit moving"   what the captioner sees, with that in mind
     a share                                            the short one, so that it works, too
 
-The language model (language.py) learns from the labelled tenth only: as captioner from latents to
-the descriptive caption, as expander from the short to the descriptive one. Which clips are labelled
-and what is wrong with a short caption are functions of the clip's number, as all else in data.py.
+The language model (language.py) learns from the labelled tenth only, to write the descriptive
+caption: from latents as captioner, from the short one as expander, and from both. Which clips are
+labelled and what is missing in a short caption are functions of the clip's number, as all else in
+data.py.
 
 Of own clips (folder.py), those that have a caption teach, and the captioner writes one for each of
 the others: lines that a person can read and edit, and that training reads again.
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -56,12 +56,10 @@ def labelled_clips(world: data.World, batch: int, count: int, share: float) -> n
     return index[world.labelled(index, share)][:count]
 
 
-def expander_pairs(
-    world: data.World, tokenizer: Tokenizer, batch: int, count: int, share: float
+def told_and_written(
+    world: data.World, tokenizer: Tokenizer, index: np.ndarray, sizes: np.ndarray
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """What the expander is told of labelled clips, and what it should write."""
-    index = labelled_clips(world, batch, count, share)
-    sizes = world.size(index)
+    """What the language model is told of clips [n] of sizes [n, 3], and what it should write."""
     facts = world.all_facts(index, sizes)
     told = map(asked, world.short_captions(index, facts), sizes.tolist())
     answers = map(data.descriptive_caption, facts)
@@ -78,15 +76,6 @@ def captions_to_learn(
         brief if stays else data.descriptive_caption(fact) if label else None
         for brief, fact, label, stays in zip(short, facts, labelled, keep, strict=True)
     ]
-
-
-def fill_in(
-    language: Language | None, captions: list[str | None], latents: list[Tensor]
-) -> list[str]:
-    """The captioner writes what is missing."""
-    missing = [latent for x, latent in zip(captions, latents, strict=True) if x is None]
-    written = iter(language.caption(missing) if missing else [])
-    return [next(written) if x is None else x for x in captions]
 
 
 # ---------------------------------------------------------------------------------------- own clips
@@ -139,7 +128,8 @@ def main() -> None:
         pen.text((170, 8 + 56 * k), f"written: {short[k]}", fill=150)
         pen.text((170, 26 + 56 * k), said, fill=255 if known[k] else 100)
     tokenizer = make_tokenizer(world, share=0.3)
-    told, answers = expander_pairs(world, tokenizer, batch=0, count=3, share=0.3)
+    index = labelled_clips(world, batch=0, count=3, share=0.3)
+    told, answers = told_and_written(world, tokenizer, index, world.size(index))
     for a, b in zip(told, answers, strict=True):
         print(f"the expander learns: {tokenizer.decode(a)!r} -> {tokenizer.decode(b)!r}")
     page.save("recaption_demo.png")

@@ -309,9 +309,9 @@ def read_given(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
 
 def task_of(
     run: Run, args: argparse.Namespace, clips: list[np.ndarray]
-) -> tuple[tuple[int, int, int], Callable[[list[str], list[int]], Iterator[np.ndarray]]]:
-    """The size (T, H, W) of what is asked for, and what makes it: prompts, seeds -> uint8
-    [N, C, n, H, W] ..."""
+) -> tuple[tuple[int, int, int], Callable[[list, list, list], Iterator[np.ndarray]]]:
+    """The size (T, H, W) of what is asked for, and what makes it: prompts, those that it ends with,
+    seeds -> uint8 [N, C, n, H, W] ..."""
     task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
     how = SETTINGS[task]
     eta = how.eta if args.sampler is None else float(args.sampler == "ddpm")
@@ -334,14 +334,13 @@ def task_of(
             f"{T} x {H} x {W}: too large to be made in memory; text and --extend stream to .mp4"
         )
 
-    def make(prompts: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
+    def make(prompts: list[str], ends: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
         given = [[clip] * len(seeds) for clip in clips]
         if kind == "backward":
             yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
         elif kind == "loop":
             yield np.stack(loop(run, prompts, *given, frames, seeds, how))
         elif kind == "connect":
-            ends = None if args.then is None else [args.then] * len(seeds)
             yield np.stack(connect(run, prompts, *given, frames, seeds, ends, how))
         elif args.edit and args.strength == 0:
             yield np.stack(given[0])
@@ -356,6 +355,27 @@ def task_of(
     return (T, H, W), make
 
 
+def told(
+    run: Run,
+    args: argparse.Namespace,
+    prompt: str,
+    size: tuple[int, int, int],
+    seeds: list[int],
+    clips: list[np.ndarray],
+) -> list[str]:
+    """The prompt as each seed expands it, beside the clip that it goes with, if there is one; says
+    what it became. A caption says how a clip sets out, which nothing shows if that is to be made
+    with --backward: then the prompt stays."""
+    if args.no_expand or args.backward:
+        return [prompt] * len(seeds)
+    begun = [clips[0]] * len(seeds) if clips else None
+    prompts = expand(run, [prompt] * len(seeds), size, seeds, begun)
+    for seed, long in zip(seeds, prompts, strict=True):
+        if long != prompt:
+            print(f"seed {seed}: {long!r}")
+    return prompts
+
+
 def main(args: argparse.Namespace) -> None:
     run = load_run(args.run or newest_run())
     args.fps = args.fps or run.config.get("fps", 10)
@@ -365,12 +385,10 @@ def main(args: argparse.Namespace) -> None:
     clips = read_given(run, args)
     (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
-    prompts = [args.prompt] * len(seeds)
-    if not clips and not args.no_expand:
-        prompts = expand(run, prompts, (T, H, W), seeds)
-        for seed, prompt in zip(seeds, prompts, strict=True):
-            if prompt != args.prompt:
-                print(f"seed {seed}: {prompt!r}")
+    prompts = told(run, args, args.prompt, (T, H, W), seeds, clips[:1])
+    ends = prompts
+    if args.then is not None:
+        ends = told(run, args, args.then, clips[1].shape[1:], seeds, clips[1:])
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
@@ -382,7 +400,7 @@ def main(args: argparse.Namespace) -> None:
             with ExitStack() as files:
                 few = names[k : k + at_once]
                 writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
-                for chunk in make(prompts[k : k + at_once], seeds[k : k + at_once]):
+                for chunk in make(*(x[k : k + at_once] for x in (prompts, ends, seeds))):
                     here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
                     for j, clip in enumerate(chunk):
                         writers[j].write(clip)

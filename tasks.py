@@ -232,6 +232,10 @@ class Job:
         self.figures[title] = {kind: score(clips) for kind, clips in kinds.items()}
         self.pictures.append((title, given, {kind: clips[:2] for kind, clips in kinds.items()}))
 
+    def told(self, prompts: list, frames: int, seeds: list, clips: list | None = None) -> list[str]:
+        """Prompts as sample.py expands them, where `clips` are what is given."""
+        return sample.expand(self.run, prompts, (frames, *self.shape), seeds, clips)
+
     def settings(self, task: str) -> sample.Settings:
         return replace(sample.SETTINGS[task], **self.how)
 
@@ -245,6 +249,7 @@ def image_to_video(job: Job) -> None:
     images = [clip[:, :1] for clip in real.clips]
 
     def task(prompts, images, seeds):
+        prompts = job.told(prompts, T, seeds, images)
         return sample.animate(job.run, prompts, images, T, seeds, how=job.settings("image"))
 
     def score(clips):
@@ -271,6 +276,7 @@ def extend(job: Job, backward: bool) -> None:
     truth = true_track(real, known)
 
     def task(prompts, clips, seeds):
+        prompts = prompts if backward else job.told(prompts, T, seeds, clips)
         return sample.extend(
             job.run, prompts, clips, NEW, seeds, backward, how=job.settings("extend")
         )
@@ -300,6 +306,7 @@ def loop(job: Job) -> None:
     truth = true_track(real, np.arange(len(real.path[0])) < L)
 
     def task(prompts, clips, seeds):
+        prompts = job.told(prompts, period, seeds, clips)
         return sample.loop(job.run, prompts, clips, new, seeds, how=job.settings("loop"))
 
     def score(clips):
@@ -332,6 +339,8 @@ def connect(job: Job) -> None:
         ways.append(f"{data.article(digit)} {digit} moving {way}")
 
     def task(prompts, before, after, ends, seeds):
+        prompts = job.told(prompts, end, seeds, before)
+        ends = job.told(ends, GIVEN, seeds, after)
         return sample.connect(
             job.run, prompts, before, after, new, seeds, ends, how=job.settings("connect")
         )
@@ -372,6 +381,7 @@ def edit(job: Job) -> None:
     for strength in STRENGTHS:
 
         def task(prompts, clips, seeds, strength=strength):
+            prompts = job.told(prompts, T, seeds, clips)
             return sample.edit(job.run, prompts, clips, strength, seeds, how=job.settings("edit"))
 
         title = f"edit at {strength}"
@@ -385,7 +395,7 @@ def minute(job: Job, n: int) -> None:
     real = choose(job.world, n, size, lambda path: np.ones(len(path), bool))
 
     def task(prompts, seeds):
-        prompts = sample.expand(job.run, prompts, size, seeds)
+        prompts = job.told(prompts, MINUTE, seeds)
         parts = sample.stream(job.run, prompts, size, seeds, how=job.settings("new"))
         chunks = []
         with tqdm(total=MINUTE, desc="a minute", unit="frame", leave=False) as bar:

@@ -61,7 +61,15 @@ import weights as weights_of
 from decode import Workers
 from dit import DiT, DiTConfig
 from folder import INDEX, Folder, FolderConfig, fitted, read_lines
-from language import Language, LanguageConfig, LanguageModel, greedy, likely, prefix_mask
+from language import (
+    Language,
+    LanguageConfig,
+    LanguageModel,
+    asked,
+    greedy,
+    likely,
+    prefix_mask,
+)
 from text import Tokenizer
 from vae import VAE, VAEConfig, from_blocks, to_blocks
 
@@ -1235,12 +1243,11 @@ PROMPTS = [[259, 260, 261, 262, 263], [264], [265, 266, 10]]
 
 
 def prefix_of(model: LanguageModel, kind: str, which: list[int]):
-    if kind == "see":
-        return model.see([clips_of_three_sizes()[k] for k in which])
-    return model.hear([PROMPTS[k] for k in which])
+    latents = [clips_of_three_sizes()[k] for k in which] if kind != "hear" else []
+    return model.prefix(latents, [PROMPTS[k] for k in which] if kind != "see" else [])
 
 
-@pytest.mark.parametrize("kind", ["see", "hear"])
+@pytest.mark.parametrize("kind", ["see", "hear", "both"])
 def test_cached_decoding_is_uncached(speaker, kind):
     prefix, seen = prefix_of(speaker, kind, [0, 1, 2]), []
 
@@ -1254,7 +1261,7 @@ def test_cached_decoding_is_uncached(speaker, kind):
     assert close(torch.stack(seen, dim=1), speaker.logits(prefix, given))
 
 
-@pytest.mark.parametrize("kind", ["see", "hear"])
+@pytest.mark.parametrize("kind", ["see", "hear", "both"])
 def test_a_text_does_not_depend_on_its_batch(speaker, kind):
     given = torch.randint(0, 300, (3, 7), generator=random_state(1))
     together = speaker.logits(prefix_of(speaker, kind, [0, 1, 2]), given)
@@ -1333,7 +1340,7 @@ def test_a_captioner_that_overfits_four_clips_writes_their_captions(moving):
     texts, told = ([words.encode(x) for x in group] for group in (captions, prompts))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
-        total, count = model(latents, texts, told, texts[::-1])
+        total, count = model([(latents, [], texts), ([], told, texts[::-1])])
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
@@ -1424,10 +1431,62 @@ def test_the_captioner_sees_what_has_no_caption_and_labelled_clips_only_teach(mo
     assert said[:120] == short[:120]
     for k, label in enumerate(labelled[120:], 120):
         assert said[k] == (data.descriptive_caption(facts[k]) if label else None)
-    asked = []
-    spy = SimpleNamespace(caption=lambda latents: asked.extend(latents) or ["x", "y"])
-    assert recaption.fill_in(spy, ["a", None, "b", None], [0, 1, 2, 3]) == ["a", "x", "b", "y"]
-    assert asked == [1, 3] and recaption.fill_in(None, ["a"], [0]) == ["a"]
+
+
+def test_missing_captions_are_written_of_the_clip_and_of_what_came_with_it(moving):
+    """Each by its own clip, whatever is encoded together."""
+    c = configured("--captions", "recaptioned", "--rows", "8", "--tokens", "256")
+    vae, heard = with_random_weights(VAE(VAEConfig(channels=3, width=16))), {}
+
+    def caption(latents: list[Tensor], told: list[str]) -> list[str]:
+        heard.update({f"written of {x}": z for z, x in zip(latents, told, strict=True)})
+        return [f"written of {x}" for x in told]
+
+    words = recaption.make_tokenizer(moving, 0.1)
+    source = batches.Source(vae, words, moving, SimpleNamespace(caption=caption))
+    looks = [batches.look(source, c, step) for step in (3, 4)]
+    before = [list(one[3]) for one in looks]
+    batches.write_captions(source, looks)
+    for (index, size, _, captions, short), was in zip(looks, before, strict=True):
+        facts, labelled = moving.all_facts(index, size), moving.labelled(index, c.labelled)
+        assert "" in was and None in was and set(short) & set(was)
+        for k, said in enumerate(captions):
+            if was[k] is None:
+                assert said == f"written of {asked(short[k], size[k].tolist())}"
+                assert not labelled[k]
+            else:
+                assert said == was[k]
+                assert said in ("", short[k], data.descriptive_caption(facts[k]))
+    k = before[0].index(None)
+    index, size, _, captions, _ = looks[0]
+    clip = prompting.to_float(moving.clips(index[[k]], size[k])[0])
+    if captions.count(captions[k]) == 1:
+        assert close(heard[captions[k]], vae.encode(clip)[0].detach())
+
+
+def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
+    vae, c = with_random_weights(VAE(VAEConfig(channels=3, width=16))), train.Config()
+    words, shown = recaption.make_tokenizer(moving, c.labelled), set()
+    source = batches.Source(vae, words, moving)
+    for step in (0, 401, 402):  # an image, then videos
+        with torch.no_grad():
+            (clips, briefs, others), count = train.text_batch(
+                source, replace(c, accumulate=1), step, 0
+            )
+            parts = [train.text_batch(source, replace(c, accumulate=2), step, k) for k in (0, 1)]
+        assert {tokens for _, tokens in parts} == {count}
+        texts = clips[2] + briefs[2] + others[2]
+        assert sum(len(x) + 1 for x in texts) == count
+        dealt = sum((lesson[2] for lessons, _ in parts for lesson in lessons), [])
+        assert sorted(dealt) == sorted(texts)
+        assert briefs[2] == clips[2][::3] and clips[1] == [] == others[0]
+        for whole, begun, brief, long in zip(clips[0][::3], *briefs, strict=True):
+            assert torch.equal(whole[:, : begun.shape[1]], begun)
+            size = words.decode(brief).split(":")[0]
+            frames = caption_reader.read_caption(words.decode(long))["frames"]
+            assert size == f"{frames} x {' x '.join(str(4 * n) for n in whole.shape[2:])}"
+            shown.add(begun.shape[1] / whole.shape[1])
+    assert 1 in shown and min(shown) < 0.5  # all of it, or a beginning
 
 
 def test_only_equal_trainings_are_compared(monkeypatch):
@@ -2798,11 +2857,11 @@ def test_the_loss_of_own_captions_is_the_same_in_parts(own):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ranks", lambda: 2)
         for step in range(3):
-            seen, told, _, _, tokens = train.own_text_batch(source, c, step, 0)
-            total = model(seen, told, [], [])[0] / tokens
+            lessons, tokens = train.own_text_batch(source, c, step, 0)
+            total = model(lessons)[0] / tokens
             patch.setattr(train, "rank", lambda: 1)
-            seen, told, _, _, tokens = train.own_text_batch(source, c, step, 0)
-            total += model(seen, told, [], [])[0] / tokens
+            lessons, tokens = train.own_text_batch(source, c, step, 0)
+            total += model(lessons)[0] / tokens
             patch.setattr(train, "rank", lambda: 0)
             whole, count = 0.0, 0
             for index, size in some.taught(step, 2, 4):

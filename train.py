@@ -175,25 +175,40 @@ def vae_batch(
 # ---------------------------------------------------------------------- stage 2: the language model
 
 
-Lessons = tuple[list, list, list, list, int]  # clips, captions, prompts, answers, all their tokens
+Lessons = tuple[list, int]  # of each (clips, prompts, captions to write); all their tokens
 
 
 def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
-    """Labelled clips of one size, another one each step, and prompts of others, of any sizes: this
-    part of them, and how many tokens there are in all parts."""
+    """Labelled clips of one size, another one each step; a third of them, or their beginnings,
+    beside their short captions; and short captions of others, of any sizes. This part of them, and
+    how many tokens there are in all parts."""
     world, tokenizer = source.world, source.tokenizer
     images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
     size = world.size([step], images=float(images))[0]
-    count = world.as_many(c.text_batch, size)
-    index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)[:count]
-    facts = world.all_facts(index, np.tile(size, (count, 1)))
-    captions = [tokenizer.encode(data.descriptive_caption(fact)) for fact in facts]
-    told, answers = recaption.expander_pairs(world, tokenizer, step, 2 * c.text_batch, c.labelled)
-    tokens = sum(len(text) + 1 for text in captions + answers)  # and the END of each
-    mine = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
+    count, t = world.as_many(c.text_batch, size), source.vae.grid(*size)[0]
+    index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
+    others, index = index[: 2 * c.text_batch], index[:count]
+    sizes = np.tile(size, (count, 1))
+    briefs, captions = recaption.told_and_written(world, tokenizer, index, sizes)
+    told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
+    tokens = sum(len(text) + 1 for text in captions + captions[::3] + answers)  # with each END
+    part = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
+    mine = list(range(count))[part]
     video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
-    seen = list(source.vae.encode(video))  # [Z, t, h, w] each
-    return seen, captions[mine], told[mine], answers[mine], tokens
+    seen = dict(zip(mine, source.vae.encode(video), strict=True))  # [Z, t, h, w] each
+    # Of half of the third all, as captions are written, and else a beginning, which users give.
+    u, again = (
+        np.random.default_rng([c.seed, 10, step]).random(count),
+        [k for k in mine if k % 3 == 0],
+    )
+    shown = np.where(u < 0.5, t, 1 + (2 * (u - 0.5) * t).astype(int))  # [count], latent frames
+    begun = [seen[k][:, : shown[k]] for k in again]
+    lessons = [
+        (list(seen.values()), [], captions[part]),
+        (begun, [briefs[k] for k in again], [captions[k] for k in again]),
+        ([], told[part], answers[part]),
+    ]
+    return lessons, tokens
 
 
 def own_text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
@@ -219,7 +234,7 @@ def own_text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     video = to_float([clips[j] for j in here]).to(source.vae.mean.device)
     with torch.no_grad():
         seen = list(source.vae.encode(video))  # [Z, t, h, w] each
-    return seen, told(index[here]), [], [], tokens
+    return [(seen, [], told(index[here]))], tokens
 
 
 # --------------------------------------------------------------------------------- stage 3: the DiT
@@ -612,8 +627,8 @@ def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.de
 
     def loss(model: nn.Module, lessons: Lessons, step: int) -> tuple[Tensor, dict]:
         """The sum over this part's tokens, divided by how many there are in all parts."""
-        *asked, tokens = lessons
-        return model(*asked)[0] / tokens, {"tokens": tokens}
+        lessons, tokens = lessons
+        return model(lessons)[0] / tokens, {"tokens": tokens}
 
     facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
     fit(Stage("text", model, c.text_steps, c.text_lr, batch, loss, facts), c, out, device)
