@@ -1875,7 +1875,8 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
 @pytest.fixture
 def job(network) -> tasks.Job:
     """What the tasks measure, of no run at all: each test brings a stand-in for the model."""
-    return tasks.Job(None, world(0.0), network, n=40, seed=0, how={})
+    run = SimpleNamespace(language=None)  # prompts stay what they are
+    return tasks.Job(run, world(0.0), network, n=40, seed=0, how={})
 
 
 @pytest.mark.parametrize("backward", [False, True])

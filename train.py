@@ -101,13 +101,15 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
-    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
+    # What the transformer learns from: recaptioned, noisy or prompts. Left out: recaptioned; of own
+    # clips prompts, as too few of them may have one for a captioner to learn from
+    captions: str = ""
     labelled: float = 0.1  # share of the clips that have a descriptive caption
-    short: float = 0.3  # share of the clips that keep their short caption where recaptioned
+    short: float = 0.2  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
-    text_steps: int = 1000
+    text_steps: int = 1200
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -116,7 +118,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 4200
+    steps: int = 3800
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
@@ -187,7 +189,7 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     size = world.size([step], images=float(images))[0]
     count, t = world.as_many(c.text_batch, size), source.vae.grid(*size)[0]
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
-    others, index = index[: 2 * c.text_batch], index[:count]
+    others, index = index[: c.text_batch], index[:count]
     sizes = np.tile(size, (count, 1))
     briefs, captions = recaption.told_and_written(world, tokenizer, index, sizes)
     told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
@@ -408,7 +410,8 @@ def parse(argv: list[str] | None = None) -> Config:
     elsewhere = c.dry_run or "RANK" in os.environ or torch.cuda.is_available()
     most = min(torch.get_num_threads(), c.rows, c.vae_batch, c.text_batch)
     best = 1 if elsewhere else max(1, min(2, most))
-    return replace(c, accumulate=c.accumulate or best)
+    captions = c.captions or ("prompts" if c.data else "recaptioned")
+    return replace(c, accumulate=c.accumulate or best, captions=captions)
 
 
 def main(c: Config) -> None:
