@@ -109,7 +109,7 @@ class Config:
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
-    text_steps: int = 1200
+    text_steps: int = 1000
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -189,7 +189,7 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     size = world.size([step], images=float(images))[0]
     count, t = world.as_many(c.text_batch, size), source.vae.grid(*size)[0]
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
-    others, index = index[: c.text_batch], index[:count]
+    others, index = index[: 2 * c.text_batch], index[:count]
     sizes = np.tile(size, (count, 1))
     briefs, captions = recaption.told_and_written(world, tokenizer, index, sizes)
     told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
