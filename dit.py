@@ -206,7 +206,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q k^T / sqrt(head)) v: [..., n, head]. PyTorch's fused kernel never holds the n x n
     matrix, which is what long clips need. For short ones on a CPU, holding it is faster: forward
     and backward of a mixed batch took a third to a half of the time. mask: who sees whom."""
-    if q.is_cuda or q.shape[-2] > 512:
+    if q.is_cuda or q.shape[-2] > 512 or q.shape[-2] == 1:
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if mask is not None:

@@ -88,11 +88,11 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.ones(2, width))
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, cache: list | None, at: int
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, cache: Tensor | None, at: int
     ) -> Tensor:
         """x [B, m, d], the tokens from place `at` on; mask [B, 1, m, at + m] -> [B, m, d].
 
-        cache: keys and values [B, heads, room, head] of all places, read up to `at` and written
+        cache [2, B, heads, room, head]: keys and values of all places, read up to `at` and written
         from there on.
         """
         h = F.layer_norm(x, x.shape[-1:], self.scale[0])
@@ -100,9 +100,8 @@ class Block(nn.Module):
         pairs = zip((q, k), self.gain, strict=True)
         q, k = (rotate(F.rms_norm(y, y.shape[-1:]) * g.type_as(y), *turn) for y, g in pairs)
         if cache is not None:
-            for kept, new in zip(cache, (k, v), strict=True):
-                kept[:, :, at : at + x.shape[1]] = new
-            k, v = (kept[:, :, : at + x.shape[1]].type_as(q) for kept in cache)
+            cache[..., at : at + x.shape[1], :] = torch.stack([k, v])
+            k, v = cache[..., : at + x.shape[1], :]
         h = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, m, d]
         x = x + self.merge(h)
         h = F.layer_norm(x, x.shape[-1:], self.scale[1])
@@ -200,7 +199,7 @@ class LanguageModel(nn.Module):
     def run(
         self, x: Tensor, position: Tensor, mask: Tensor, cache: list | None = None, at: int = 0
     ) -> Tensor:
-        """x [B, m, d] -> [B, m, d], normalised. The cache holds a pair for each block."""
+        """x [B, m, d] -> [B, m, d], normalised. cache: one of each block."""
         head = self.config.width // self.config.heads
         turn = rotary_angles(position, head, self.config.rope_base)  # [B, 1, m, head/2]
         for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
@@ -217,11 +216,14 @@ class LanguageModel(nn.Module):
         """
         B, n = prefix.real.shape
         c = self.config
-        room = (B, c.heads, n + most, c.width // c.heads)
-        cache = [(prefix.x.new_empty(room), prefix.x.new_empty(room)) for _ in self.blocks]
+        device, dtype = prefix.x.device, prefix.x.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        room = (2, B, c.heads, n + most, c.width // c.heads)
+        cache = [torch.empty(room, dtype=dtype, device=device) for _ in self.blocks]
         mask = prefix.real[:, None].expand(-1, n, -1)  # [B, n, n]
         self.run(prefix.x, prefix.position, mask, cache)
-        token = torch.full((B,), END, device=prefix.x.device)
+        token = torch.full((B,), END, device=device)
         written, done = [], torch.zeros_like(token, dtype=torch.bool)
         for k in range(most):
             x, position = self.words(token)[:, None], text_positions(prefix.after, k, 1)
