@@ -101,9 +101,7 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
-    # What the transformer learns from: recaptioned, noisy or prompts. Left out: recaptioned; of own
-    # clips prompts, as too few of them may have one for a captioner to learn from
-    captions: str = ""
+    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
     labelled: float = 0.1  # share of the clips that have a descriptive caption
     short: float = 0.2  # share of the clips that keep their short caption where recaptioned
     text_width: int = 128
@@ -118,7 +116,7 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 3800
+    steps: int = 4200
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
@@ -199,10 +197,8 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
     seen = dict(zip(mine, source.vae.encode(video), strict=True))  # [Z, t, h, w] each
     # Of half of the third all, as captions are written, and else a beginning, which users give.
-    u, again = (
-        np.random.default_rng([c.seed, 10, step]).random(count),
-        [k for k in mine if k % 3 == 0],
-    )
+    again = [k for k in mine if k % 3 == 0]
+    u = np.random.default_rng([c.seed, 10, step]).random(count)
     shown = np.where(u < 0.5, t, 1 + (2 * (u - 0.5) * t).astype(int))  # [count], latent frames
     begun = [seen[k][:, : shown[k]] for k in again]
     lessons = [
@@ -410,8 +406,7 @@ def parse(argv: list[str] | None = None) -> Config:
     elsewhere = c.dry_run or "RANK" in os.environ or torch.cuda.is_available()
     most = min(torch.get_num_threads(), c.rows, c.vae_batch, c.text_batch)
     best = 1 if elsewhere else max(1, min(2, most))
-    captions = c.captions or ("prompts" if c.data else "recaptioned")
-    return replace(c, accumulate=c.accumulate or best, captions=captions)
+    return replace(c, accumulate=c.accumulate or best)
 
 
 def main(c: Config) -> None:
