@@ -205,7 +205,8 @@ def clip_mask(groups: Groups, device: torch.device):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head)) v: [..., n, head]. PyTorch's fused kernel never holds the n x n
     matrix, which is what long clips need. For short ones on a CPU, holding it is faster: forward
-    and backward of a mixed batch took a third to a half of the time. mask: who sees whom."""
+    and backward of a mixed batch took a third to a half of the time. But not for a single query, as
+    when text is written: the kernel reads cached keys in place. mask: who sees whom."""
     if q.is_cuda or q.shape[-2] > 512 or q.shape[-2] == 1:
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q @ k.mT * q.shape[-1] ** -0.5

@@ -295,9 +295,10 @@ def compare(recaptioned: Path, short: Path, args: argparse.Namespace) -> dict:
     if list(kinds.values()) != ["noisy", "recaptioned"]:
         raise ValueError(f"--run and --against: recaptioned and noisy runs, and not {kinds}")
     one, other = (run.config for run in runs.values())
-    free = ("out", "captions", "stage", "short", "labelled")  # or of a captioner, which one lacks
-    same = [name for name in one if name not in free and not name.startswith("text_")]
-    differ = [name for name in same if one[name] != other.get(name)]
+    # What only the captioner uses may differ, too: a noisy run has none.
+    free = {"out", "captions", "stage", "short", "labelled"}
+    free |= {name for name in one if name.startswith("text_")}
+    differ = [name for name in one if name not in free and one[name] != other.get(name)]
     if differ:
         raise ValueError(f"the two runs also differ in {', '.join(differ)}")
     kinds = {"noisy captions": (short, False), "re-captioned": (recaptioned, False)}
