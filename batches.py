@@ -18,7 +18,6 @@ Alphabet: T frames of H x W pixels; latents [Z, t, h, w]; ft frames to a latent;
 F latent frames of all clips of a part.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +30,13 @@ import diffusion
 import patches
 import recaption
 from folder import Folder
-from language import Language, asked
 from latents import Latents, Shard
 from loop import deal, rank, ranks, seeded
 from prompting import bf16, encode_given, noisy_context, to_float
 from text import Tokenizer
 from vae import VAE
 
+HELD_BACK = 10**6  # a step whose clips are only measured on
 FARTHEST = 6  # latent frames; how much later than its clip a window may begin
 
 
@@ -48,7 +47,7 @@ class Source:
     vae: VAE
     tokenizer: Tokenizer
     world: data.World | Folder  # an endless, numbered sequence of clips
-    language: Language | None = None  # what writes missing captions
+    written: dict[str, str] | None = None  # captions of the world's clips; None: the true ones
     stored: Latents | None = None  # what is not encoded any more
 
 
@@ -89,17 +88,22 @@ class Clip:
         return len(self.text) + self.patches * len(self.free)
 
     @property
+    def name(self) -> tuple:  # of a batch's latents: a clip may also be there as an image
+        return self.index, self.size
+
+    @property
     def alike(self) -> tuple:  # clips of which this is the same are encoded together
         return self.size, self.past > 0
 
 
-def draw_clip(
-    vae: VAE, c, index: int, key: int, size: list[int], frames: int, text: list[int]
-) -> Clip:
+def draw_given(
+    vae: VAE, c, key: int, size: list[int], frames: int
+) -> tuple[np.ndarray, int, np.ndarray]:
     """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given; or just a clip. frames: how many there are of it."""
+    some frames are given; or just a clip: `known`, `past` and `level` of a Clip. frames: how many
+    there are of it."""
     random = np.random.default_rng([c.seed, 3, key])
-    kind, T, (t, h, w) = random.random(), size[0], vae.grid(*size)
+    kind, T, t = random.random(), size[0], vae.grid(*size)[0]
     known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
     if T > 1 and kind < c.later:  # all of an image would be given
         if frames >= T + FARTHEST * c.time_factor:  # else it has no later on
@@ -109,58 +113,69 @@ def draw_clip(
         known = draw_known(T, random.random(3 + T))
         given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
         level[given.reshape(t, -1).all(1)] = 0
-    count = patches.token_count((1, h, w), c.patch)
+    return known, past, level
+
+
+def draw_clip(
+    vae: VAE, c, index: int, key: int, size: list[int], frames: int, text: list[int]
+) -> Clip:
+    known, past, level = draw_given(vae, c, key, size, frames)
+    count = patches.token_count((1, *vae.grid(*size)[1:]), c.patch)
     return Clip(index, key, tuple(size), text, count, known, past, level, np.isnan(level))
 
 
 # -------------------------------------------------------------------------------- deciding: a batch
 
 
-def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list, list]:
+def numbers(source: Source, c, step: int, most: int) -> np.ndarray:
+    """The clips that a step may take from. Captions of the world are written once: so there, they
+    are drawn from a set of `train_clips`. A prompt costs nothing, and what is held back is new."""
+    index = source.world.numbers(step, most)
+    if c.data or c.captions == "prompts" or step >= HELD_BACK:
+        return index
+    return (data.hashed_uniform(c.seed + 2**33, index, 1)[:, 0] * c.train_clips).astype(int)
+
+
+def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
     """The clips that come next, as many as could fit at all: their numbers [n], sizes [n, 3],
-    counts of patches [n], captions, None where one is to be written, and the short ones."""
-    world, most = source.world, c.rows * c.tokens // 10
-    index = world.numbers(step, most)
+    counts of patches [n], captions."""
+    world, index = source.world, numbers(source, c, step, c.rows * c.tokens // 10)
     size = world.size(index, images=1.0 if step < c.image_phase * c.steps else c.images)
     kinds, kind = np.unique(size, axis=0, return_inverse=True)
     count = np.array([patches.token_count(source.vae.grid(*k), c.patch) for k in kinds.tolist()])
     count = count[kind.reshape(-1)]  # [most]
     few = max(1, int((count.cumsum() <= c.rows * c.tokens).sum()))
     index, size, count = index[:few], size[:few], count[:few]
-    dropped = torch.rand(few, generator=seeded(c.seed, 2, step)).numpy() < c.dropout
     if c.data or c.captions == "prompts":
         captions = world.captions(index, size)
-        captions = ["" if drop else x for x, drop in zip(captions, dropped, strict=True)]
-        return index, size, count, captions, captions
-    facts = world.all_facts(index, size)
-    short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
-    keep = torch.rand(few, generator=seeded(c.seed, 8, step)).numpy() < c.short
-    keep |= c.captions == "noisy"
-    captions = recaption.captions_to_learn(short, facts, labelled, keep)
-    captions = ["" if drop else x for x, drop in zip(captions, dropped, strict=True)]
-    # Those that are written are longer than these: what does not fit even so needs no caption.
-    words = [len(source.tokenizer.encode(brief)) for brief in short]
-    few = max(1, int(((count + words).cumsum() <= c.rows * c.tokens).sum()))
-    return index[:few], size[:few], count[:few], captions[:few], short[:few]
+    else:
+        captions = captions_of(source, c, index, size)
+        if None in captions:
+            raise ValueError("captions.jsonl lacks some of the clips: --stage text writes them")
+    dropped = torch.rand(few, generator=seeded(c.seed, 2, step)).numpy() < c.dropout
+    return index, size, count, ["" if d else x for x, d in zip(captions, dropped, strict=True)]
 
 
-@torch.no_grad()
-def write_captions(source: Source, looks: list[tuple]) -> None:
-    """Every process writes all that are missing: which clips fit depends on how long they are."""
-    missing, places, latents, told = {}, [], [], []  # clips by size; then, clip by clip
-    for index, size, _, captions, short in looks:
-        for k, caption in enumerate(captions):
-            if caption is None:
-                missing.setdefault(tuple(size[k].tolist()), []).append(
-                    (captions, k, index[k], short)
-                )
-    for size, some in missing.items():
-        video = to_float(source.world.clips([index for _, _, index, _ in some], size)[0])
-        latents += source.vae.encode(video.to(source.vae.mean.device))  # [Z, t, h, w] each
-        told += [asked(short[k], size) for _, k, _, short in some]
-        places += [(captions, k) for captions, k, *_ in some]
-    for (captions, k), said in zip(places, source.language.caption(latents, told), strict=True):
-        captions[k] = said
+def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[str | None]:
+    """Of clips of the world [n] of sizes [n, 3] the descriptive captions that are known, those that
+    the captioner wrote (None: it did not yet), and of a share the short ones.
+
+    A caption says where things start and what they then do. Of a window from later on, or of what
+    leads to a given ending, nobody knows that when sampling: there the short one stays, too."""
+    world, facts = source.world, source.world.all_facts(index, size)
+    short, known = world.short_captions(index, facts), world.labelled(index, c.labelled)
+    stays = data.hashed_uniform(c.seed + 2**34, index, 1)[:, 0] < c.short
+    stays |= c.captions == "noisy"
+    captions, frames = [], world.frames(index).tolist()
+    for k, i in enumerate(index.tolist()):
+        given, past, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
+        if stays[k] or past or given[-1]:
+            captions.append(short[k])
+        elif known[k] or source.written is None:
+            captions.append(data.descriptive_caption(facts[k]))
+        else:
+            captions.append(source.written.get(recaption.name_of(world, i, size[k])))
+    return captions
 
 
 def lay_out(
@@ -194,11 +209,7 @@ def draw_steps(source: Source, c, first: int, count: int) -> list[tuple]:
     """The batches of `count` steps from `first` on: (clips, plan) each. Own clips come each once in
     an epoch, so that a step begins where the one before it ended."""
     steps = range(source.world.known_steps(first), first + count)
-    looks: Iterator = (look(source, c, step) for step in steps)
-    if source.language:
-        looks = list(looks)
-        write_captions(source, looks)
-    drawn = [lay_out(source, c, step, *one[:4]) for step, one in zip(steps, looks, strict=True)]
+    drawn = [lay_out(source, c, step, *look(source, c, step)) for step in steps]
     return drawn[-count:]
 
 
@@ -261,17 +272,17 @@ class Part:
 
 def dit_parts(source: Source, c, first: int, count: int) -> list[list[Part]]:
     """This process's parts of `count` steps from `first` on."""
-    drawn, alike, latents = own_rows(source, c, first, count), {}, {}  # latents by clip number
+    drawn, alike, latents = own_rows(source, c, first, count), {}, {}  # latents by name
     for clip in own_clips(drawn):
         if source.stored is None:
             alike.setdefault(clip.alike, []).append(clip)
         elif clip.key in source.stored:
-            latents[clip.index] = source.stored.read(clip.key, clip.size[0] == 1)
+            latents[clip.name] = source.stored.read(clip.key, clip.size[0] == 1)
     ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, FARTHEST + 1))
     for some in alike.values():
         made = encode_alike(source.vae, source.world, c, some, ahead)
-        latents |= zip((clip.index for clip in some), made, strict=True)
-    latents = {k: z for k, z in latents.items() if k not in source.world.lost}
+        latents |= zip((clip.name for clip in some), made, strict=True)
+    latents = {name: z for name, z in latents.items() if name[0] not in source.world.lost}
     most = -(-c.rows // (ranks() * c.accumulate))  # rows of a part: always as many, some empty
     return [
         [make_part(c, clips, plan, rows, latents, most) for rows in own]
@@ -283,7 +294,7 @@ def make_part(
     c, clips: list[Clip], plan: list[list[int]], rows: list[int], latents: dict, most: int
 ) -> Part:
     """Some rows of a batch, packed. The place of a clip that could not be read stays empty."""
-    here = [k for row in rows for k in plan[row] if clips[k].index in latents]
+    here = [k for row in rows for k in plan[row] if clips[k].name in latents]
     if not here:
         raise ValueError("of a whole part of a batch, not one clip could be read")
     place = {k: j for j, k in enumerate(here)}
@@ -291,7 +302,7 @@ def make_part(
     layout += [[]] * (most - len(rows))
     mine = [clips[k] for k in here]
     texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
-    encoded = [latents[clip.index] for clip in mine]
+    encoded = [latents[clip.name] for clip in mine]
     packed = patches.pack(encoded, texts, c.patch, c.tokens, layout, starts)
     level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
     free = patches.frame_levels(packed, [torch.from_numpy(clip.free).float() for clip in mine])

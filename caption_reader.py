@@ -23,7 +23,7 @@ import torch
 
 import data
 from language import Language, asked
-from prompting import to_float
+from recaption import encoded
 from vae import VAE
 
 FACTS = ("digit", "region", "direction", "speed", "bounces")  # of one digit
@@ -141,12 +141,9 @@ def measure_captioner(
     index = np.arange(clips)
     size = world.size(index)
     latents, facts = [None] * clips, world.all_facts(index, size)
-    for one in np.unique(size, axis=0):
-        for group in np.array_split(np.flatnonzero((size == one).all(1)), 1 + clips // 500):
-            if len(group):
-                video = to_float(world.clips(group, one)[0])  # [B, C, T, H, W]
-                for k, latent in zip(group, vae.encode(video), strict=True):
-                    latents[k] = latent
+    for some in np.array_split(np.arange(clips), 1 + clips // 500):
+        for k, latent in zip(some, encoded(vae, world, index[some], size[some]), strict=True):
+            latents[k] = latent
     scores, short = {}, None
     if told:
         short = map(asked, world.short_captions(index, facts), size.tolist())

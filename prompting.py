@@ -427,6 +427,7 @@ def roll(
     source: Tensor | None = None,
     strength: float = 1.0,
     start: int = 0,
+    first: list[str] | None = None,
 ) -> Iterator[Tensor]:
     """Latents of any duration, a window at a time: yields [N, Z, n, h, w], t in all.
 
@@ -434,7 +435,8 @@ def roll(
     `fill`. Each later one begins with the last latents of the one before, a little noisy
     (`noisy_context`), and counts time from its own start, so that no position is ever new. All
     stays in latents: decoding and encoding again at each seam would add up. source [N, Z, t, h, w]:
-    start from this noised to `strength` (SDEdit).
+    start from this noised to `strength` (SDEdit). first: the prompts of the first window, if they
+    are others, and if it is the beginning of the clip (see `expand`).
     """
     window = trained_window(run)
     keep, made, context = window // 2, 0, None
@@ -457,7 +459,8 @@ def roll(
             x = torch.where(held[:, None, None], noisy, x)
         elif begin is not None:
             x, given, level, held = show_given(run, begin, np.ones(begin.shape[2], bool), x)
-        x = denoise_window(run, prompts, x, level, held, how, generators, given, start)
+        told = first if first and not start else prompts
+        x = denoise_window(run, told, x, level, held, how, generators, given, start)
         start = 1
         context, made = x[:, :, -keep:], made + t - old
         yield x[:, :, old:]
@@ -472,6 +475,7 @@ def stream(
     begin: np.ndarray | None = None,
     source: np.ndarray | None = None,
     strength: float = 1.0,
+    first: list[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Clips of any duration, as they are made: yields uint8 [N, C, n, H, W], T frames in all, in
     memory that does not grow. begin, uint8 [N, C, L, H, W]: the first L of them; source: what to
@@ -492,7 +496,7 @@ def stream(
         video = np.pad(source, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)), "edge")
         latent = run.vae.encode(to_float(video).to(run.device))
     begin, start = begin[:, :, L - seen :] if L else None, int(L > seen)
-    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start)
+    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start, first)
     for video in run.vae.decode_stream(parts):
         made = to_uint8(video)[:, :, seen:][:, :, :left]
         seen, left = max(0, seen - video.shape[2]), left - made.shape[2]

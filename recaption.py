@@ -13,20 +13,22 @@ The idea (Betker et al. 2023, DALL-E 3, sections 2 and 3; the report's "language
 The language model (language.py) learns from the labelled tenth only, to write the descriptive
 caption: from latents as captioner, from the short one as expander, and from both. Which clips are
 labelled and what is missing in a short caption are functions of the clip's number, as all else in
-data.py.
+data.py. Then it captions the training set, once, before the transformer sees any of it: lines of a
+file that a person can read and edit (batches.py says which clips need one).
 
-Of own clips (folder.py), those that have a caption teach, and the captioner writes one for each of
-the others: lines that a person can read and edit, and that training reads again.
+Of own clips (folder.py), those that have a caption teach, and it writes one for each of the others.
 
 Run `python recaption.py` for clips, what was written of them, and the pairs to learn from.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -66,36 +68,36 @@ def told_and_written(
     return [tokenizer.encode(x) for x in told], [tokenizer.encode(x) for x in answers]
 
 
-def captions_to_learn(
-    short: list[str], facts: list[dict], labelled: np.ndarray, keep: np.ndarray
-) -> list[str | None]:
-    """The captions that the diffusion transformer learns from, of n clips; None where there is but
-    a short one, and the captioner is to write. labelled, keep [n] bool: of which a descriptive one
-    is known, and which keep the short one."""
-    return [
-        brief if stays else data.descriptive_caption(fact) if label else None
-        for brief, fact, label, stays in zip(short, facts, labelled, keep, strict=True)
-    ]
+def name_of(world: data.World, index: int, size: np.ndarray) -> str:
+    """What stands for "file" in captions.jsonl. A clip is learned from as an image, too."""
+    return f"{'clip' if size[0] > 1 else 'image'} {index} of seed {world.seed}"
 
 
-# ---------------------------------------------------------------------------------------- own clips
+def encoded(vae: VAE, world: data.World, index: np.ndarray, size: np.ndarray) -> list[Tensor]:
+    """Latents [Z, t, h, w] of clips [n] of sizes [n, 3], those of one size at once."""
+    latents = [None] * len(index)
+    for one in np.unique(size, axis=0):
+        group = np.flatnonzero((size == one).all(1))
+        video = to_float(world.clips(index[group], one)[0]).to(vae.mean.device)  # [b, C, T, H, W]
+        for k, latent in zip(group, vae.encode(video), strict=True):
+            latents[k] = latent
+    return latents
+
+
+# --------------------------------------------------------------------------- what is to be written
 
 
 @torch.no_grad()
-def write_missing(language: Language, vae: VAE, world: Folder, path: Path, at_once=64) -> int:
-    """A line for each file that has a caption neither of its own nor in `path`, as captions.jsonl
-    has them. Lines that are there stay as they are: edited ones, and those of a run that was
-    stopped. Returns how many were added, by all processes together."""
-    listed, written = read_lines(path), 0
-    todo = [k for k in world.missing() if world.entries[k]["file"] not in listed]
-    for first in tqdm(range(0, len(todo), at_once * ranks()), desc="captions", disable=rank() > 0):
+def write_lines(path: Path, todo: list[int], say: Callable, at_once: int, device) -> int:
+    """A line of captions.jsonl for each clip of `todo`, many at once: say(numbers) -> (name,
+    caption) of each that can be read. Lines that are there stay as they are: edited ones, and those
+    of a run that was stopped. Returns how many were added, by all processes together."""
+    written, steps = 0, range(0, len(todo), at_once * ranks())
+    for first in tqdm(steps, desc="captions", disable=rank() > 0):
         mine = todo[first : first + at_once * ranks()][rank() :: ranks()]
-        clips = [(k, x) for k, x in zip(mine, world.middle(mine), strict=True)
-                 if not isinstance(x, str)]  # fmt: skip
-        latents = [vae.encode(to_float(x[None]).to(vae.mean.device))[0] for _, x in clips]
         lines = [
-            json.dumps({"file": world.entries[k]["file"], "caption": said}, ensure_ascii=False)
-            for (k, _), said in zip(clips, language.caption(latents), strict=True)
+            json.dumps({"file": name, "caption": said}, ensure_ascii=False)
+            for name, said in say(mine)
         ]
         lines = sum(gathered(lines), [])
         written += len(lines)
@@ -103,9 +105,45 @@ def write_missing(language: Language, vae: VAE, world: Folder, path: Path, at_on
             torn = path.exists() and not path.read_bytes().endswith(b"\n")  # an editor's last line
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * torn + "".join(line + "\n" for line in lines))
-        if added(len(STOP), device=vae.mean.device)[0]:
+        if added(len(STOP), device=device)[0]:
             raise SystemExit(f"stopped after {written} captions; the same command continues")
+    gathered(None)  # all is written before anyone reads it
     return written
+
+
+def write_missing(language: Language, vae: VAE, world: Folder, path: Path) -> int:
+    """Captions of own files that have none, neither of their own nor in `path`."""
+    device, listed = vae.mean.device, read_lines(path)
+    todo = [k for k in world.missing() if world.entries[k]["file"] not in listed]
+
+    def say(mine: list[int]) -> Iterator[tuple[str, str]]:
+        clips = [(k, x) for k, x in zip(mine, world.middle(mine), strict=True)
+                 if not isinstance(x, str)]  # fmt: skip
+        latents = [vae.encode(to_float(x[None]).to(device))[0] for _, x in clips]
+        names = [world.entries[k]["file"] for k, _ in clips]
+        return zip(names, language.caption(latents), strict=True)
+
+    return write_lines(path, todo, say, 64, device)
+
+
+def write_world(
+    language: Language, vae: VAE, world: data.World, path: Path, index: np.ndarray, size: np.ndarray
+) -> int:
+    """Captions of clips [n] of sizes [n, 3] of the world, of what is seen and what somebody
+    wrote."""
+    listed, order = read_lines(path), np.lexsort(size.T)  # of like size together: little is padded
+    names = {name_of(world, index[k], size[k]): k for k in order.tolist()}  # each once
+    todo = [k for name, k in names.items() if name not in listed]
+
+    def say(mine: list[int]) -> Iterator[tuple[str, str]]:
+        some, sizes = index[mine], size[mine]
+        short = world.short_captions(some, world.all_facts(some, sizes))
+        told = list(map(asked, short, sizes.tolist()))
+        said = language.caption(encoded(vae, world, some, sizes), told)
+        named = [name_of(world, *of) for of in zip(some.tolist(), sizes, strict=True)]
+        return zip(named, said, strict=True)
+
+    return write_lines(path, todo, say, 256, vae.mean.device)
 
 
 # --------------------------------------------------------------------------------------------- demo

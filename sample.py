@@ -20,9 +20,10 @@ frames, rows or columns of noise, and a longer, taller or wider clip comes out (
 Given frames come out as the person's own pixels, untouched. What is longer than the longest trained
 clip is made in windows, and .mp4 and .webm are on disk as they are made. prompting.py tells how.
 
-A short prompt is first expanded into a caption such as the model was trained on, which says also
-where things start and how fast they move: one for each seed, and printed. --no-expand leaves it as
-it is. Where frames are given they show all that, and the prompt is left alone.
+If the model was trained on descriptive captions, a short prompt is first expanded into one, which
+says also where things start and how fast they move: one for each seed, and printed. --no-expand
+leaves it as it is. It is left alone, too, where nobody knows that: in later windows of a long clip,
+and before a given ending.
 
 A clip is a function of its prompt, size, seed and what was given, alone, in a batch or tomorrow.
 """
@@ -72,6 +73,7 @@ from weights import newest_run
 # ------------------------------------------------------------------------------------- the tasks
 #
 # All take lists: N prompts, N seeds, and N clips uint8 [C, T, H, W] of one size; and give N clips.
+# first: the prompts of the first window, where they are others: what `expand` makes of them.
 
 
 def animate(
@@ -81,9 +83,10 @@ def animate(
     frames: int,
     seeds: list[int],
     how: Settings = SETTINGS["image"],
+    first: list[str] | None = None,
 ) -> list[np.ndarray]:
     """Images [C, 1, H, W] that move: `frames` in all, of which the image is the first."""
-    return extend(run, prompts, images, frames - 1, seeds, how=how)
+    return extend(run, prompts, images, frames - 1, seeds, how=how, first=first)
 
 
 def extend(
@@ -94,12 +97,14 @@ def extend(
     seeds: list[int],
     backward: bool = False,
     how: Settings = SETTINGS["extend"],
+    first: list[str] | None = None,
 ) -> list[np.ndarray]:
     """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
     video, part = np.stack(clips), 0
     if not backward:
         size = (video.shape[2] + frames, *video.shape[3:])
-        return list(np.concatenate(list(stream(run, prompts, size, seeds, how, video)), axis=2))
+        parts = stream(run, prompts, size, seeds, how, video, first=first)
+        return list(np.concatenate(list(parts), axis=2))
     while frames > 0:  # window by window into the past. Latents can't: theirs would come first
         seen = backward_context(run, video.shape[2])
         new = min(frames, room(run, video.shape[2], "backward"))
@@ -185,6 +190,7 @@ def edit(
     strength: float,
     seeds: list[int],
     how: Settings = SETTINGS["edit"],
+    first: list[str] | None = None,
 ) -> list[np.ndarray]:
     """SDEdit (Meng et al. 2021): noise a clip to level `strength` and make it clean again with
     another prompt. What the noise leaves stays: 0 gives the clip back, bit for bit; 1 ignores
@@ -192,7 +198,8 @@ def edit(
     video = np.stack(clips)
     if strength == 0:
         return list(video)
-    parts = stream(run, prompts, video.shape[2:], seeds, how, source=video, strength=strength)
+    size = video.shape[2:]
+    parts = stream(run, prompts, size, seeds, how, None, video, strength, first)
     return list(np.concatenate(list(parts), axis=2))
 
 
@@ -309,8 +316,8 @@ def read_given(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
 
 def task_of(
     run: Run, args: argparse.Namespace, clips: list[np.ndarray]
-) -> tuple[tuple[int, int, int], Callable[[list, list, list], Iterator[np.ndarray]]]:
-    """The size (T, H, W) of what is asked for, and what makes it: prompts, those that it ends with,
+) -> tuple[tuple[int, int, int], Callable[[list, list], Iterator[np.ndarray]]]:
+    """The size (T, H, W) of what is asked for, and what makes it: prompts of the first window,
     seeds -> uint8 [N, C, n, H, W] ..."""
     task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
     how = SETTINGS[task]
@@ -334,8 +341,10 @@ def task_of(
             f"{T} x {H} x {W}: too large to be made in memory; text and --extend stream to .mp4"
         )
 
-    def make(prompts: list[str], ends: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
+    def make(first: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
         given = [[clip] * len(seeds) for clip in clips]
+        prompts = [args.prompt] * len(seeds)
+        ends = prompts if args.then is None else [args.then] * len(seeds)
         if kind == "backward":
             yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
         elif kind == "loop":
@@ -348,9 +357,8 @@ def task_of(
             video = np.stack(given[0]) if given else None
             source, begin = (video, None) if args.edit else (None, video)
             strength = 0.6 if args.strength is None else args.strength
-            yield from stream(
-                run, prompts, (T, H, W), seeds, how, begin, source, strength if args.edit else 1.0
-            )
+            strength = strength if args.edit else 1.0
+            yield from stream(run, prompts, (T, H, W), seeds, how, begin, source, strength, first)
 
     return (T, H, W), make
 
@@ -358,22 +366,23 @@ def task_of(
 def told(
     run: Run,
     args: argparse.Namespace,
-    prompt: str,
     size: tuple[int, int, int],
     seeds: list[int],
     clips: list[np.ndarray],
 ) -> list[str]:
-    """The prompt as each seed expands it, beside the clip that it goes with, if there is one; says
-    what it became. A caption says how a clip sets out, which nothing shows if that is to be made
-    with --backward: then the prompt stays."""
-    if args.no_expand or args.backward:
-        return [prompt] * len(seeds)
+    """The prompt of the first window as each seed expands it, beside the clip that it goes with, if
+    there is one; says what it became. A caption says how a clip sets out: of a clip that is longer
+    than what is shown of it, or that is to be led to a given ending, it stays as it is."""
+    prompts, L = [args.prompt] * len(seeds), clips[0].shape[1] if clips else 0
+    longer = args.extend and forward_context(run, L) < L
+    if args.no_expand or args.backward or args.loop or args.connect or longer:
+        return prompts
     begun = [clips[0]] * len(seeds) if clips else None
-    prompts = expand(run, [prompt] * len(seeds), size, seeds, begun)
-    for seed, long in zip(seeds, prompts, strict=True):
-        if long != prompt:
+    first = expand(run, prompts, size, seeds, begun)
+    for seed, long in zip(seeds, first, strict=True):
+        if long != args.prompt:
             print(f"seed {seed}: {long!r}")
-    return prompts
+    return first
 
 
 def main(args: argparse.Namespace) -> None:
@@ -385,10 +394,7 @@ def main(args: argparse.Namespace) -> None:
     clips = read_given(run, args)
     (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
-    prompts = told(run, args, args.prompt, (T, H, W), seeds, clips[:1])
-    ends = prompts
-    if args.then is not None:
-        ends = told(run, args, args.then, clips[1].shape[1:], seeds, clips[1:])
+    prompts = told(run, args, (T, H, W), seeds, clips)
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
@@ -400,7 +406,7 @@ def main(args: argparse.Namespace) -> None:
             with ExitStack() as files:
                 few = names[k : k + at_once]
                 writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
-                for chunk in make(*(x[k : k + at_once] for x in (prompts, ends, seeds))):
+                for chunk in make(*(x[k : k + at_once] for x in (prompts, seeds))):
                     here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
                     for j, clip in enumerate(chunk):
                         writers[j].write(clip)

@@ -43,10 +43,10 @@ PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving
 @torch.no_grad()
 def held_back_loss(run: sample.Run, c: train.Config, count: int = 8) -> tuple[float, float]:
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
-    source = batches.Source(run.vae, run.tokenizer, train.make_world(c), run.language)
-    made = batches.dit_parts(source, c, train.HELD_BACK, count)
+    source = batches.Source(run.vae, run.tokenizer, train.make_world(c))
+    made = batches.dit_parts(source, c, batches.HELD_BACK, count)
     total, flops = 0.0, 0.0
-    for step, parts in enumerate(made, train.HELD_BACK):
+    for step, parts in enumerate(made, batches.HELD_BACK):
         for part in parts:
             total += train.dit_loss(run.dit, part, c, step)[0].item() / count
             counts = part.packed.lengths, part.packed.words, len(part.packed.frame_clip)

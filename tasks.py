@@ -249,8 +249,8 @@ def image_to_video(job: Job) -> None:
     images = [clip[:, :1] for clip in real.clips]
 
     def task(prompts, images, seeds):
-        prompts = job.told(prompts, T, seeds, images)
-        return sample.animate(job.run, prompts, images, T, seeds, how=job.settings("image"))
+        first = job.told(prompts, T, seeds, images)
+        return sample.animate(job.run, prompts, images, T, seeds, job.settings("image"), first)
 
     def score(clips):
         ways = [reader.heading(track) for track in tracks_of(clips)]
@@ -276,10 +276,9 @@ def extend(job: Job, backward: bool) -> None:
     truth = true_track(real, known)
 
     def task(prompts, clips, seeds):
-        prompts = prompts if backward else job.told(prompts, T, seeds, clips)
-        return sample.extend(
-            job.run, prompts, clips, NEW, seeds, backward, how=job.settings("extend")
-        )
+        how = job.settings("extend")
+        first = None if backward else job.told(prompts, T, seeds, clips)
+        return sample.extend(job.run, prompts, clips, NEW, seeds, backward, how, first)
 
     def score(clips):
         tracks, named = tracks_of(clips), job.named(clips, [new[0], new[NEW // 2], new[-1]])
@@ -306,7 +305,6 @@ def loop(job: Job) -> None:
     truth = true_track(real, np.arange(len(real.path[0])) < L)
 
     def task(prompts, clips, seeds):
-        prompts = job.told(prompts, period, seeds, clips)
         return sample.loop(job.run, prompts, clips, new, seeds, how=job.settings("loop"))
 
     def score(clips):
@@ -339,8 +337,6 @@ def connect(job: Job) -> None:
         ways.append(f"{data.article(digit)} {digit} moving {way}")
 
     def task(prompts, before, after, ends, seeds):
-        prompts = job.told(prompts, end, seeds, before)
-        ends = job.told(ends, GIVEN, seeds, after)
         return sample.connect(
             job.run, prompts, before, after, new, seeds, ends, how=job.settings("connect")
         )
@@ -381,8 +377,8 @@ def edit(job: Job) -> None:
     for strength in STRENGTHS:
 
         def task(prompts, clips, seeds, strength=strength):
-            prompts = job.told(prompts, T, seeds, clips)
-            return sample.edit(job.run, prompts, clips, strength, seeds, how=job.settings("edit"))
+            first, how = job.told(prompts, T, seeds, clips), job.settings("edit")
+            return sample.edit(job.run, prompts, clips, strength, seeds, how, first)
 
         title = f"edit at {strength}"
         made = job.make(title, task, real.prompts, old.clips)
@@ -395,8 +391,8 @@ def minute(job: Job, n: int) -> None:
     real = choose(job.world, n, size, lambda path: np.ones(len(path), bool))
 
     def task(prompts, seeds):
-        prompts = job.told(prompts, MINUTE, seeds)
-        parts = sample.stream(job.run, prompts, size, seeds, how=job.settings("new"))
+        first = job.told(prompts, MINUTE, seeds)
+        parts = sample.stream(job.run, prompts, size, seeds, job.settings("new"), first=first)
         chunks = []
         with tqdm(total=MINUTE, desc="a minute", unit="frame", leave=False) as bar:
             for chunk in parts:

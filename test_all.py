@@ -1424,44 +1424,58 @@ def test_the_captioner_sees_what_has_no_caption_and_labelled_clips_only_teach(mo
     index = recaption.labelled_clips(moving, 3, 20, 0.1)
     assert len(index) == 20 and moving.labelled(index, 0.1).all()
     assert not set(index) & set(recaption.labelled_clips(moving, 4, 20, 0.1))
-    index = np.arange(400)
-    facts = moving.all_facts(index, moving.size(index))
-    short, labelled = moving.short_captions(index, facts), moving.labelled(index, 0.1)
-    said = recaption.captions_to_learn(short, facts, labelled, index < 120)
-    assert said[:120] == short[:120]
-    for k, label in enumerate(labelled[120:], 120):
-        assert said[k] == (data.descriptive_caption(facts[k]) if label else None)
 
 
-def test_missing_captions_are_written_of_the_clip_and_of_what_came_with_it(moving):
-    """Each by its own clip, whatever is encoded together."""
-    c = configured("--captions", "recaptioned", "--rows", "8", "--tokens", "256")
-    vae, heard = with_random_weights(VAE(VAEConfig(channels=3, width=16))), {}
+def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(moving, tmp_path):
+    """Each of its own clip and of what came with it, whatever is encoded together."""
+    flags = "--captions recaptioned --train-clips 300 --rows 8 --tokens 256 --given 0.5"
+    c, heard = configured(*flags.split()), {}
+    vae, path = with_random_weights(VAE(VAEConfig(channels=3, width=16))), tmp_path / "captions"
 
     def caption(latents: list[Tensor], told: list[str]) -> list[str]:
         heard.update({f"written of {x}": z for z, x in zip(latents, told, strict=True)})
         return [f"written of {x}" for x in told]
 
-    words = recaption.make_tokenizer(moving, 0.1)
-    source = batches.Source(vae, words, moving, SimpleNamespace(caption=caption))
-    looks = [batches.look(source, c, step) for step in (3, 4)]
-    before = [list(one[3]) for one in looks]
-    batches.write_captions(source, looks)
-    for (index, size, _, captions, short), was in zip(looks, before, strict=True):
-        facts, labelled = moving.all_facts(index, size), moving.labelled(index, c.labelled)
-        assert "" in was and None in was and set(short) & set(was)
-        for k, said in enumerate(captions):
-            if was[k] is None:
-                assert said == f"written of {asked(short[k], size[k].tolist())}"
-                assert not labelled[k]
-            else:
-                assert said == was[k]
-                assert said in ("", short[k], data.descriptive_caption(facts[k]))
-    k = before[0].index(None)
-    index, size, _, captions, _ = looks[0]
+    source = batches.Source(vae, recaption.make_tokenizer(moving, 0.1), moving, written={})
+    index = np.arange(c.train_clips)
+    size = moving.size(index, images=c.images)
+    before = batches.captions_of(source, c, index, size)
+    missing = index[[caption is None for caption in before]]
+    with pytest.raises(ValueError, match="--stage text writes them"):
+        batches.look(source, c, 3)
+    images = moving.size(index, images=1.0)
+    todo = np.append(missing, index), np.concatenate([size[missing], images])
+    given, total = (SimpleNamespace(caption=caption), vae, moving, path), len(missing)
+    total += sum(1 for k, i in enumerate(index) if i not in missing or size[k, 0] > 1)
+    assert recaption.write_world(*given, *(x[:50] for x in todo)) == 50
+    assert recaption.write_world(*given, *todo) == total - 50
+    source.written = read_lines(path)
+    after = batches.captions_of(source, c, index, size)
+    facts = moving.all_facts(index, size)
+    short, known = moving.short_captions(index, facts), moving.labelled(index, c.labelled)
+    kinds = set()
+    for k, i in enumerate(index.tolist()):
+        given, past, _ = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)
+        unknown = past > 0 or given[-1]  # where things start, to someone who samples
+        if before[k] is None:
+            assert after[k] == f"written of {asked(short[k], size[k].tolist())}"
+            assert not known[k] and not unknown
+        else:
+            assert after[k] == before[k] in (short[k], data.descriptive_caption(facts[k]))
+            assert known[k] or after[k] == short[k]
+            assert after[k] == short[k] or not unknown
+        kinds.add((before[k] is None, after[k] == short[k], bool(unknown)))
+    assert len(kinds) == 4
+    k = before.index(None)
     clip = prompting.to_float(moving.clips(index[[k]], size[k])[0])
-    if captions.count(captions[k]) == 1:
-        assert close(heard[captions[k]], vae.encode(clip)[0].detach())
+    assert close(heard[after[k]], vae.encode(clip)[0].detach())
+    # A step takes from these, as they are, and in the phase of images as images.
+    for step, sizes in ((0, images), (5, size)):
+        of, seen, _, captions = batches.look(source, c, step)
+        assert of.max() < 300 and "" in captions and np.array_equal(seen, sizes[of])
+        every = batches.captions_of(source, c, index, sizes)
+        assert all(said in ("", every[i]) for i, said in zip(of, captions, strict=True))
+    assert batches.look(source, replace(c, labelled=1.0), batches.HELD_BACK)[0].min() > 300
 
 
 def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
@@ -1982,7 +1996,7 @@ def test_the_table_as_a_user_asks_for_it(folder, network, monkeypatch, tmp_path,
 SMALL = (
     "--width 32 --depth 2 --heads 2 --rows 2 --tokens 160 --steps 6 --vae-steps 4 --vae-width 16 "
     "--vae-batch 2 --save-every 3 --sample-every 6 --image-phase 0.3 --text-steps 4 --text-batch 2 "
-    "--text-width 32 --text-depth 1 --text-heads 2 --captions prompts"
+    "--text-width 32 --text-depth 1 --text-heads 2 --train-clips 40 --captions prompts"
 ).split()
 
 
@@ -2007,7 +2021,7 @@ def test_train_and_sample_as_a_user_does(tmp_path):
     out = tmp_path / "out" / "tiny"
     assert {x.name for x in out.iterdir()} == {
         "config.json", "vae.pt", "text.pt", "dit.pt", "log.jsonl", "loss.png", "samples",
-        "gallery.gif", "dit.best-3.pt", "dit.best-6.pt",
+        "gallery.gif", "dit.best-3.pt", "dit.best-6.pt", "captions.jsonl",
     }  # fmt: skip
     with Image.open(out / "gallery.gif") as gallery:
         assert gallery.n_frames == 17

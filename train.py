@@ -15,7 +15,7 @@ folder, out/<preset>, then holds
 
     vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
     text.pt          the same of the language model, if it was trained
-    captions.jsonl   what it wrote of own clips that had no caption: to read, edit and learn from
+    captions.jsonl   what it wrote of clips that had no caption: to read, edit and learn from
     dit.best-*.pt    the EMA weights of the few checkpoints that did best on clips held back
     *.safetensors    EMA weights alone, as `--stage export` makes them of each .pt (weights.py)
     latents/         own clips as `--stage encode` made them, if it did (latents.py)
@@ -49,7 +49,17 @@ import patches
 import recaption
 import sample
 import weights
-from batches import Part, Source, dit_parts, draw_steps, encode_clips, own_clips, own_rows
+from batches import (
+    HELD_BACK,
+    Part,
+    Source,
+    captions_of,
+    dit_parts,
+    draw_steps,
+    encode_clips,
+    own_clips,
+    own_rows,
+)
 from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig, read_lines
 from language import LONGEST, LanguageConfig, LanguageModel
@@ -60,7 +70,6 @@ from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
 AHEAD = 8  # steps whose batches are made at once
-HELD_BACK = 10**6  # a step whose clips are only measured on
 Clips = data.World | Folder  # an endless, numbered sequence of them
 
 # ------------------------------------------------------------------------------------ configuration
@@ -103,7 +112,8 @@ class Config:
     # captions, and the language model that writes them (recaption.py, language.py)
     captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
     labelled: float = 0.1  # share of the clips that have a descriptive caption
-    short: float = 0.2  # share of the clips that keep their short caption where recaptioned
+    short: float = 0.1  # share of the clips that keep their short caption where recaptioned
+    train_clips: int = 20_000  # of the world, to learn from again and again; of prompts: endless
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
@@ -267,7 +277,7 @@ def held_back(source: Source, c: Config) -> tuple[int, list[Part]]:
     fixed noise, tells which checkpoint is better. Of own clips none is held back: they are the
     first of the first epoch, of any size."""
     if not c.data:
-        return HELD_BACK, dit_parts(source, c, HELD_BACK, 1)[0]
+        return HELD_BACK, dit_parts(replace(source, written=None), c, HELD_BACK, 1)[0]
     world = copy(source.world)
     world.starts = [0]  # it counts for itself
     return 0, dit_parts(replace(source, world=world), replace(c, image_phase=0.0), 0, 1)[0]
@@ -439,6 +449,8 @@ def main(c: Config) -> None:
                 caption_folder(c, world, facts, out, device)
             else:
                 train_text(c, world, facts, out, device)
+                if c.captions == "recaptioned":
+                    caption_world(c, world, out, device)
         if c.stage == "encode":
             encode(c, world, out, device)
         if c.stage in ("dit", "all"):
@@ -451,7 +463,6 @@ def main(c: Config) -> None:
 
 def dry_run(c: Config, steps: int = 4) -> str:
     """What the DiT's training would cost, from the clips of some steps at its end."""
-    c = replace(c, labelled=1.0)  # there is no captioner yet: true captions are as long as its own
     world = make_world(c)
     tokenizer = make_tokenizer(world, c)
     with torch.device("meta"):  # shapes without numbers
@@ -537,7 +548,7 @@ def check(c: Config) -> None:
         multiple = f"a multiple of {2 * c.text_heads}"
         raise ValueError(f"--text-width {c.text_width} --text-heads {c.text_heads}: {multiple}")
     least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus fps "
-    least += "pixels encodings text_steps text_batch"
+    least += "pixels encodings text_steps text_batch train_clips"
     for name in least.split():
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
@@ -632,6 +643,21 @@ def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.de
     fit(Stage("text", model, c.text_steps, c.text_lr, batch, loss, facts), c, out, device)
 
 
+def caption_world(c: Config, world: data.World, out: Path, device: torch.device) -> None:
+    """Write out/captions.jsonl: what the captioner says of all that the DiT learns from."""
+    language, vae = load_language(out, device), sample.load_vae(out, device)
+    source = Source(vae, language.tokenizer, world, written={})
+    index = np.arange(c.train_clips)
+    size = np.concatenate([world.size(index, images=share) for share in (c.images, 1.0)])
+    index = np.tile(index, 2)  # as they are, and as images
+    missing = [caption is None for caption in captions_of(source, c, index, size)]
+    told = index[missing], size[missing]
+    with sample.bf16(device):
+        written = recaption.write_world(language, vae, world, out / "captions.jsonl", *told)
+    if rank() == 0:
+        print(f"wrote {written} captions to {out / 'captions.jsonl'}")
+
+
 def caption_folder(c: Config, world: Folder, facts: dict, out: Path, device) -> None:
     """Learn from the files that have a caption, and write out/captions.jsonl for the others."""
     if c.stage == "all" and len(world.missing()) in (0, len(world.shown)):
@@ -675,8 +701,9 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
     start = starting_from(c, out, "dit")
     tokenizer = Tokenizer(start.get("words") or make_tokenizer(world, c).words)
     source = Source(sample.load_vae(out, device), tokenizer, world)
+    language = None
     if c.captions == "recaptioned" and not c.data:
-        source.language = load_language(out, device)
+        language, source.written = load_language(out, device), read_lines(out / "captions.jsonl")
     if c.data and (folder := out / "latents").exists():
         latents.complete(folder, about_latents(c, world, source.vae))
         source.stored = latents.Latents(folder, c.channels, c.time_factor)
@@ -722,7 +749,7 @@ def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.dev
 
     def run_of(averaged: DiT) -> sample.Run:
         networks = source.vae, averaged, source.tokenizer
-        return sample.Run(*networks, facts["world"], facts["config"], source.language)
+        return sample.Run(*networks, facts["world"], facts["config"], language)
 
     def show(averaged: DiT, step: int) -> None:
         preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
