@@ -1,7 +1,8 @@
 """What the diffusion transformer learns from in a step: clips of any size, captions, noise levels.
 
 The problem. A step learns from dozens of clips, each of another size, some with given frames, some
-with a caption that has yet to be written; and on many processes each must make only its own part.
+with a caption of their own, some with a written one; and on many processes each must make only its
+own part.
 
 The idea. Decide first, make later. What a step consists of is a function of (seed, step): which
 clips, their captions, which of their frames are given, their noise levels, and which row of the

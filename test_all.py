@@ -1706,6 +1706,28 @@ def test_streamed_is_unstreamed(run, eta):
     assert np.array_equal(streamed, again)
 
 
+def test_only_a_window_that_begins_the_clip_is_told_how_it_begins(run, monkeypatch):
+    """A caption says where things start: later windows are told what the person wrote."""
+    real, heard = prompting.denoise_window, []
+
+    def denoise_window(run, prompts, *rest):
+        heard.append(prompts[0])
+        return real(run, prompts, *rest)
+
+    monkeypatch.setattr(prompting, "denoise_window", denoise_window)
+    first, long = ["a 3 moving up"], clip_of(30)
+    size, noise = (30, 16, 24), clip_of(30)[None]
+    for task, told in (
+        (lambda: list(sample.stream(run, PROMPT, size, [4], QUICK, first=first)), first),
+        (lambda: sample.extend(run, PROMPT, [long[:, :5]], 25, [4], False, QUICK, first), first),
+        (lambda: sample.extend(run, PROMPT, [long], 25, [4], False, QUICK, first), PROMPT),
+        (lambda: sample.edit(run, PROMPT, list(noise), 0.5, [4], QUICK, first), first),
+    ):
+        heard.clear()
+        task()
+        assert len(heard) > 2 and heard == told + PROMPT * (len(heard) - 1)
+
+
 def test_short_stream_is_generate(run):
     (stream,) = sample.stream(run, PROMPT, (17, 16, 24), [4], QUICK)
     assert np.array_equal(stream[0], sample.generate(run, PROMPT, (17, 16, 24), [4], steps=2)[0])
@@ -2127,6 +2149,28 @@ def test_exported_weights_are_read_back_and_sample_the_same(trained, tmp_path):
     assert weights_of.newest_run(str(tmp_path)) == exported
     line = f'--prompt "a 7 moving left" --frames 1 --out {tmp_path / "image.png"}'
     assert command(exported, line)[0] == 0
+
+
+def test_prompts_are_expanded_where_it_is_known_how_a_clip_begins(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, L in (("short.npy", 9), ("long.npy", 30)):
+        np.save(name, clip_of(L, 24, 24)[0, ..., None])
+    for flags, expanded in (
+        ("--frames 9", True),
+        ("--extend short.npy", True),
+        ("--edit short.npy", True),
+        ("--edit long.npy", True),
+        ("--extend short.npy --no-expand", False),
+        ("--extend long.npy", False),  # of which the beginning is not shown
+        ("--extend short.npy --backward", False),
+        ("--loop short.npy", False),
+        ("--connect short.npy short.npy", False),
+    ):
+        status, said, wrong = command(
+            trained, f'--prompt "a 7 moving left" {flags} --height 24 --width 24 --out made.npy'
+        )
+        assert status == 0, wrong
+        assert ("seed 0: " in said) == expanded, flags
 
 
 @pytest.mark.parametrize(
