@@ -152,7 +152,8 @@ def look(source: Source, c, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     else:
         captions = captions_of(source, c, index, size)
         if None in captions:
-            raise ValueError("captions.jsonl lacks some of the clips: --stage text writes them")
+            missing = "captions.jsonl, beside text.pt, lacks clips that are to be learned from"
+            raise ValueError(f"{missing}: --captions recaptioned --stage text writes them")
     dropped = torch.rand(few, generator=seeded(c.seed, 2, step)).numpy() < c.dropout
     return index, size, count, ["" if d else x for x, d in zip(captions, dropped, strict=True)]
 

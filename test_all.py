@@ -1441,7 +1441,7 @@ def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(mov
     size = moving.size(index, images=c.images)
     before = batches.captions_of(source, c, index, size)
     missing = index[[caption is None for caption in before]]
-    with pytest.raises(ValueError, match="--stage text writes them"):
+    with pytest.raises(ValueError, match="--captions recaptioned --stage text writes"):
         batches.look(source, c, 3)
     images = moving.size(index, images=1.0)
     todo = np.append(missing, index), np.concatenate([size[missing], images])
