@@ -1919,7 +1919,7 @@ def job(network) -> tasks.Job:
 def test_the_truth_is_right_and_a_frozen_digit_wrong_by_its_way(job, monkeypatch, backward):
     stood = []
 
-    def still(run, prompts, clips, frames, seeds, backward, how):
+    def still(run, prompts, clips, frames, seeds, backward, how, first):
         assert frames == 16 and {clip.shape[1] for clip in clips} == {9}
         stood.extend(tasks.frozen(clips, frames, backward))
         return stood
@@ -1987,7 +1987,7 @@ def test_blends_are_not_loops_and_hard_cuts_are_seen(job, monkeypatch):
 
 
 def test_an_edit_is_the_new_digit_on_the_old_path(job, monkeypatch):
-    monkeypatch.setattr(tasks.sample, "edit", lambda run, prompts, clips, s, seeds, how: clips)
+    monkeypatch.setattr(tasks.sample, "edit", lambda run, prompts, clips, *rest: clips)
     tasks.edit(job)
     assert len(job.figures) == 4
     for figures in job.figures.values():
