@@ -165,15 +165,17 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     A caption says where things start and what they then do. Of a window from later on, or of what
     leads to a given ending, nobody knows that when sampling: there the short one stays, too."""
     world, facts = source.world, source.world.all_facts(index, size)
-    short, known = world.short_captions(index, facts), world.labelled(index, c.labelled)
+    short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
     stays = data.hashed_uniform(c.seed + 2**34, index, 1)[:, 0] < c.short
     stays |= c.captions == "noisy"
     captions, frames = [], world.frames(index).tolist()
     for k, i in enumerate(index.tolist()):
-        given, past, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
-        if stays[k] or past or given[-1]:
+        if not stays[k]:
+            known, past, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
+            stays[k] = past > 0 or known[-1]
+        if stays[k]:
             captions.append(short[k])
-        elif known[k] or source.written is None:
+        elif labelled[k] or source.written is None:
             captions.append(data.descriptive_caption(facts[k]))
         else:
             captions.append(source.written.get(recaption.name_of(world, i, size[k])))

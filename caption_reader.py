@@ -140,10 +140,8 @@ def measure_captioner(
     digits that there are; told: where the captioner also reads the short and noisy caption."""
     index = np.arange(clips)
     size = world.size(index)
-    latents, facts = [None] * clips, world.all_facts(index, size)
-    for some in np.array_split(np.arange(clips), 1 + clips // 500):
-        for k, latent in zip(some, encoded(vae, world, index[some], size[some]), strict=True):
-            latents[k] = latent
+    facts, parts = world.all_facts(index, size), np.array_split(index, 1 + clips // 500)
+    latents = sum((encoded(vae, world, some, size[some]) for some in parts), [])
     scores, short = {}, None
     if told:
         short = map(asked, world.short_captions(index, facts), size.tolist())

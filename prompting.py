@@ -479,7 +479,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Clips of any duration, as they are made: yields uint8 [N, C, n, H, W], T frames in all, in
     memory that does not grow. begin, uint8 [N, C, L, H, W]: the first L of them; source: what to
-    edit.
+    edit; first: as in `roll`.
     """
     T, H, W = size
     L = 0 if begin is None else begin.shape[2]

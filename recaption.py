@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 from folder import Folder, read_lines
 from language import Language, asked
-from loop import STOP, added, gathered, rank, ranks
+from loop import STOP, gathered, rank, ranks
 from prompting import to_float
 from text import Tokenizer
 from vae import VAE
@@ -88,7 +88,7 @@ def encoded(vae: VAE, world: data.World, index: np.ndarray, size: np.ndarray) ->
 
 
 @torch.no_grad()
-def write_lines(path: Path, todo: list[int], say: Callable, at_once: int, device) -> int:
+def write_lines(path: Path, todo: list[int], say: Callable, at_once: int) -> int:
     """A line of captions.jsonl for each clip of `todo`, many at once: say(numbers) -> (name,
     caption) of each that can be read. Lines that are there stay as they are: edited ones, and those
     of a run that was stopped. Returns how many were added, by all processes together."""
@@ -105,25 +105,24 @@ def write_lines(path: Path, todo: list[int], say: Callable, at_once: int, device
             torn = path.exists() and not path.read_bytes().endswith(b"\n")  # an editor's last line
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * torn + "".join(line + "\n" for line in lines))
-        if added(len(STOP), device=device)[0]:
+        if any(gathered(len(STOP))):  # all wait here: what is written can be read
             raise SystemExit(f"stopped after {written} captions; the same command continues")
-    gathered(None)  # all is written before anyone reads it
     return written
 
 
 def write_missing(language: Language, vae: VAE, world: Folder, path: Path) -> int:
     """Captions of own files that have none, neither of their own nor in `path`."""
-    device, listed = vae.mean.device, read_lines(path)
+    listed = read_lines(path)
     todo = [k for k in world.missing() if world.entries[k]["file"] not in listed]
 
     def say(mine: list[int]) -> Iterator[tuple[str, str]]:
         clips = [(k, x) for k, x in zip(mine, world.middle(mine), strict=True)
                  if not isinstance(x, str)]  # fmt: skip
-        latents = [vae.encode(to_float(x[None]).to(device))[0] for _, x in clips]
+        latents = [vae.encode(to_float(x[None]).to(vae.mean.device))[0] for _, x in clips]
         names = [world.entries[k]["file"] for k, _ in clips]
         return zip(names, language.caption(latents), strict=True)
 
-    return write_lines(path, todo, say, 64, device)
+    return write_lines(path, todo, say, 64)
 
 
 def write_world(
@@ -143,7 +142,7 @@ def write_world(
         named = [name_of(world, *of) for of in zip(some.tolist(), sizes, strict=True)]
         return zip(named, said, strict=True)
 
-    return write_lines(path, todo, say, 256, vae.mean.device)
+    return write_lines(path, todo, say, 256)
 
 
 # --------------------------------------------------------------------------------------------- demo

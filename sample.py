@@ -394,7 +394,7 @@ def main(args: argparse.Namespace) -> None:
     clips = read_given(run, args)
     (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
-    prompts = told(run, args, (T, H, W), seeds, clips)
+    first = told(run, args, (T, H, W), seeds, clips)
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
@@ -406,7 +406,7 @@ def main(args: argparse.Namespace) -> None:
             with ExitStack() as files:
                 few = names[k : k + at_once]
                 writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
-                for chunk in make(*(x[k : k + at_once] for x in (prompts, seeds))):
+                for chunk in make(first[k : k + at_once], seeds[k : k + at_once]):
                     here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
                     for j, clip in enumerate(chunk):
                         writers[j].write(clip)
