@@ -29,7 +29,8 @@ from torch import nn
 import cost
 import data
 import patches
-from dit import PATHS, DiT, DiTConfig, clips_by_length, packed_attention
+from attention import PATHS, clips_by_length, packed_attention
+from dit import DiT, DiTConfig
 from text import Tokenizer
 from vae import VAE, VAEConfig
 

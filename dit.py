@@ -12,9 +12,8 @@ over the clip's patches. It knows three things that a language model doesn't:
   what        the caption's tokens stand in front of the clip's patches, in the same sequence, and
               attention carries them over. A summary of them also joins the noise level in adaLN,
               so that what to draw reaches every block from the first training step on.
-  where       3D rotary positions (Su et al. 2021, RoPE): the angle between a query and a key is
-              their distance in time, rows and columns. There is no table of positions, so that a
-              grid never seen in training is still a grid.
+  where       attention.py: rotary positions in time, rows and columns, so that a grid never seen in
+              training is still a grid; and what is beside each patch, for its MLP.
 
 Several clips share a row (patch n' pack). Attention stays inside a clip, everything else is done to
 each token alone, so a clip's output is the same alone and packed with others.
@@ -27,15 +26,23 @@ Run `python dit.py` to see a small DiT read a packed batch, and where its parame
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
-import torch.nn.attention.flex_attention
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from attention import (
+    Groups,
+    Stencil,
+    clips_by_length,
+    neighbours,
+    packed_attention,
+    packed_example,
+    rotary_angles,
+    rotate,
+)
 
 MOST_WORDS = 256  # tokens of a caption; more would share the last place, and be a mistake
 
@@ -74,145 +81,15 @@ def places_of(owner: Tensor) -> Tensor:
     return torch.arange(len(owner), device=owner.device) - first.repeat_interleave(count)
 
 
-def mean_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
-    """The mean of each clip's caption tokens: words [M, d], clip `owner` [M] -> [clips, d]."""
+def sum_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
+    """Each clip's caption in one vector: the sum of its n tokens / (2 sqrt(n)): words [M, d], clip
+    `owner` [M] -> [clips, d].
+
+    Of four words ("a 7 moving left") it is their mean. In a mean of fifteen the 7 would hardly be
+    heard; and a plain sum grows with the caption.
+    """
     total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words)
-    return total / torch.bincount(owner, minlength=clips).clamp(min=1)[:, None]
-
-
-# -------------------------------------------------------------------------------------------- where
-
-
-def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
-    """position [N, 3] -> cos and sin [N, 1, head/2].
-
-    A quarter of the pairs turns with time, three eighths each with rows and columns (as CogVideoX).
-    """
-    pairs = head // 2
-    share = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]  # time, row, column
-    angles = []
-    for axis, count in enumerate(share):
-        # From 1.5 radians a patch, so that one patch is told from the next, down to 1.5 / base.
-        frequency = 1.5 * base ** (-torch.arange(count, device=position.device) / count)
-        angles.append(position[..., axis, None].float() * frequency)
-    angle = torch.cat(angles, dim=-1)[:, None]  # [N, 1, head/2]
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels by its angle: x [N, heads, head] (RoPE, equation 34)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.type_as(x), sin.type_as(x)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-# ---------------------------------------------------------------------------------------- attention
-
-
-Groups = tuple[tuple[int, int], ...]  # (how many clips, their length), of tokens in this order
-
-
-def clips_by_length(sample_id: Tensor) -> tuple[Tensor, Groups]:
-    """Sort the tokens so that clips of equal length lie side by side: sample_id [B, L] ->
-
-    order [N]: the N = B x L places, whole clips, the shortest first, and padding (-1) last;
-    groups: (how many clips, their length n) from the shortest on. Padding is in no group. It is
-    carried along all the same: N then never changes, nor do the kernels that are made for it.
-    """
-    flat = sample_id.flatten()
-    length = torch.bincount(flat[flat >= 0])  # [clips]
-    key = length[flat] * len(length) + flat  # by length, then by clip
-    order = torch.argsort(torch.where(flat < 0, key.max() + 1, key), stable=True)  # [N]
-    n, clips = length[length > 0].unique(return_counts=True)
-    return order, tuple(zip(clips.tolist(), n.tolist(), strict=True))
-
-
-@torch.compiler.disable  # every batch has other groups: compiled, each would be compiled anew
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, groups: Groups, path: str | None = None
-) -> Tensor:
-    """Full attention inside each clip: q, k, v [N, heads, head] -> [N, heads, head].
-
-    Attention over n tokens costs n^2. Done clip by clip it costs the sum of the n_i^2. There are
-    three paths to the same result (zeros where there is padding), of which `best_path` chooses:
-
-        grouped   clips of equal length together, as one batch. Runs everywhere, and is exact
-        varlen    PyTorch's flash attention over clips laid end to end: one kernel for all of them.
-                  CUDA, bfloat16 or float16
-        flex      PyTorch's FlexAttention, compiled, with "same clip" as its mask. CUDA, any type
-
-    `python evaluate.py bench` times those that the device has.
-    """
-    real = sum(clips * n for clips, n in groups)
-    padding, q, k = torch.zeros_like(v[real:]), q.type_as(v), k.type_as(v)
-    parts = (q[:real], k[:real], v[:real])
-    return torch.cat([PATHS[path or best_path(v)](*parts, groups), padding])
-
-
-def best_path(v: Tensor) -> str:
-    """The fastest: on an H200, the batch of `evaluate.py bench` took 1.6 ms in bfloat16 by varlen,
-    4.9 by flex and 6.4 by grouped, forward and backward."""
-    half = v.dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if v.is_cuda and half else "grouped"
-
-
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    outputs, sizes = [], [clips * n for clips, n in groups]
-    for (clips, n), *part in zip(groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        a = [x.unflatten(0, (clips, n)).transpose(1, 2) for x in part]  # [clips, heads, n, head]
-        outputs.append(attend(*a).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    from torch.nn.attention.varlen import (
-        varlen_attn,
-    )  # newer than the oldest PyTorch that we run on
-
-    ends, longest = clip_ends(groups, q.device), groups[-1][1]
-    return varlen_attn(q, k, v, ends, ends, longest, longest)
-
-
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    attention = torch.nn.attention.flex_attention.flex_attention
-    if q.is_cuda:  # uncompiled, it holds the whole N x N matrix
-        attention = torch.compile(attention, dynamic=True)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, N, head]
-    out = attention(q, k, v, block_mask=clip_mask(groups, q.device))
-    return out[0].transpose(0, 1)
-
-
-PATHS = {"grouped": grouped_attention, "varlen": varlen_attention, "flex": flex_attention}
-
-
-@lru_cache(maxsize=8)  # made once for a batch, and not in each block
-def clip_ends(groups: Groups, device: torch.device) -> Tensor:
-    """Where each clip ends, after a 0: [clips + 1]."""
-    lengths = [n for clips, n in groups for _ in range(clips)]
-    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-
-
-@lru_cache(maxsize=8)
-def clip_mask(groups: Groups, device: torch.device):
-    """FlexAttention's mask: which blocks of 128 x 128 hold a pair of tokens of the same clip."""
-    lengths = torch.tensor([n for clips, n in groups for _ in range(clips)], device=device)
-    clip = torch.repeat_interleave(lengths)  # [N]
-    return torch.nn.attention.flex_attention.create_block_mask(
-        lambda b, h, i, j: clip[i] == clip[j], None, None, len(clip), len(clip), device=str(device)
-    )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head)) v: [..., n, head]. PyTorch's fused kernel never holds the n x n
-    matrix, which is what long clips need. For short ones on a CPU, holding it is faster: forward
-    and backward of a mixed batch took a third to a half of the time. But not for a single query, as
-    when text is written: the kernel reads cached keys in place. mask: who sees whom."""
-    if q.is_cuda or q.shape[-2] > 512 or q.shape[-2] == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    return total / (2 * torch.bincount(owner, minlength=clips).clamp(min=1).sqrt()[:, None])
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -223,7 +100,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each between adaLN's scale and shift and its gate (DiT, figure 3)."""
+    """Attention, then MLP, each between adaLN's scale and shift and its gate (DiT, figure 3). The
+    MLP also sees what is beside each token."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -235,14 +113,15 @@ class Block(nn.Module):
         # Queries and keys have unit length, so their products are small, and attention is blunt:
         # it cannot pick the one patch that a digit moved from. A learned gain makes it sharper.
         self.gain = nn.Parameter(torch.full((2, heads, width // heads), 1.5))
+        self.beside = nn.Parameter(torch.zeros(6, 1, width))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)  # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple[Tensor, Tensor], groups: Groups
+        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple, groups: Groups, near: Tensor
     ) -> Tensor:
-        """x [N, d], c [F, d], frame_id [N] -> [N, d]."""
+        """x [N, d], c [F, d], frame_id [N], turn: cos and sin, near [N, 6] -> [N, d]."""
         d = x.shape[-1]
         table = F.embedding(frame_id, self.modulation(c))  # [N, 6 d]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=-1)  # [N, d] each
@@ -252,7 +131,8 @@ class Block(nn.Module):
         q, k = (rotate(F.rms_norm(y, y.shape[-1:]) * g.type_as(y), *turn) for y, g in pairs)
         h = packed_attention(q, k, v, groups).flatten(1)  # [N, d]
         x = x + gate1 * self.merge(h)
-        h = modulate(F.layer_norm(x, (d,)), shift2, scale2)
+        h = modulate(F.layer_norm(x, (d,)), shift2, scale2).type_as(table)
+        h = h + Stencil.apply(h, near, self.beside)
         return x + gate2 * self.down(F.gelu(self.up(h)))
 
 
@@ -294,15 +174,16 @@ class DiT(nn.Module):
         words = self.words(text[is_text]) + self.place(place)  # [M, d]
         x = self.read(tokens).type_as(words).masked_scatter(is_text[:, None], words)  # [N, d]
 
-        caption = mean_of_each(self.summary(words).type_as(words), owner, clips)  # [clips, d]
+        caption = sum_of_each(self.summary(words).type_as(words), owner, clips)  # [clips, d]
         c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
         c = F.silu(c)
 
         turn = rotary_angles(
             position, self.config.width // self.config.heads, self.config.rope_base
         )
+        near = neighbours(position, sample_id, is_text)  # [N, 6]
         for block in self.blocks:
-            given = (x, c, frame_id, turn, groups)
+            given = (x, c, frame_id, turn, groups, near)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *given, use_reentrant=False)  # [N, d]
             else:
@@ -317,45 +198,19 @@ class DiT(nn.Module):
 # --------------------------------------------------------------------------------------------- demo
 
 
-def packed_example() -> SimpleNamespace:
-    """Two clips in one row, with the fields that `patches.pack` makes: three words and 2 x 2 x 3
-    patches; two words and an image of 2 x 2; and two places of padding."""
-    row = []  # of each token: text, (time, row, column), sample_id, frame_id
-    for clip, (words, t, h, w, frame) in enumerate(((3, 2, 2, 3, 0), (2, 1, 2, 2, 3))):
-        row += [(10 * clip + k, (k - words, 0, 0), clip, frame) for k in range(words)]
-        grid = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).tolist()
-        row += [(-1, tuple(place), clip, frame + 1 + place[0]) for place in grid]
-    row += [(-1, (0, 0, 0), -1, 0)] * 2
-    text, position, sample_id, frame_id = (torch.tensor([x]) for x in zip(*row, strict=True))
-    return SimpleNamespace(
-        text=text,  # [1, L]
-        position=position,  # [1, L, 3]
-        sample_id=sample_id,  # [1, L]
-        frame_id=frame_id,  # [1, L]
-        frame_clip=torch.tensor([0, 0, 0, 1, 1]),  # [F]: text, two frames; text, one frame
-    )
+def influence(model: DiT, tokens: Tensor, level: Tensor, layout) -> Tensor:
+    """How much each token's output changes with each token's input: [L outputs, L inputs], of a
+    batch of one row."""
+    first, L = model(tokens, level, layout), tokens.shape[1]
+    changes = []
+    for k in range(L):
+        other = tokens.clone()
+        other[:, k] += 1
+        changes.append((model(other, level, layout) - first).abs().amax(-1)[0])  # [L]
+    return torch.stack(changes, dim=1)
 
 
-def draw(layout: SimpleNamespace, head: int, base: float) -> Image.Image:
-    """Who attends to whom, by sample_id; and the cosines of the rotary angles. A row is a token."""
-    ids = layout.sample_id[0]
-    mask = (ids[:, None] == ids) & (ids >= 0)  # [L, L]
-    cos = rotary_angles(layout.position[0], head, base)[0][:, 0]  # [L, head/2]
-    sheet = Image.new("L", (1010, 23 * 12 + 30), 40)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((130, 6), "white: this row's token attends to this column's", fill=255)
-    pen.text((450, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
-    for x, wide, table in ((130, 12, 90 + 150 * mask), (450, 17, 127.5 * (cos + 1))):
-        picture = Image.fromarray(table.byte().numpy())
-        size = (table.shape[1] * wide, table.shape[0] * 12)
-        sheet.paste(picture.resize(size, Image.NEAREST), (x, 24))
-    for k, (clip, frame) in enumerate(zip(ids.tolist(), layout.frame_id[0].tolist(), strict=True)):
-        first = layout.frame_clip.tolist().index(max(clip, 0))  # the row of the clip's text
-        name = f"frame {frame - first - 1}" if frame > first else "text"
-        pen.text((6, 25 + 12 * k), "padding" if clip < 0 else f"clip {clip}, {name}", fill=255)
-    return sheet
-
-
+@torch.no_grad()
 def main():
     torch.manual_seed(0)
     config = DiTConfig(inputs=20, outputs=20, vocabulary=32, width=128, depth=4, heads=2)
@@ -364,26 +219,25 @@ def main():
     tokens = torch.randn(1, layout.text.shape[1], config.inputs)
     for name in ("text", "sample_id", "frame_id"):
         print(f"{name:9s} {getattr(layout, name)[0].tolist()}")
-    print(f"clips of equal length, attended together: {clips_by_length(layout.sample_id)[1]}")
     print(f"tokens {list(tokens.shape)}, level {list(level.shape)}", end=" -> ")
-    print(f"prediction {list(model(tokens, level, layout).shape)}")
-    print(
-        f"adaLN-Zero: at the start it is {model(tokens, level, layout).abs().max():.0f} everywhere"
-    )
+    output = model(tokens, level, layout)
+    print(f"prediction {list(output.shape)}")
+    print(f"adaLN-Zero: at the start it is {output.abs().max():.0f} everywhere")
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    first = model(tokens, level, layout)
-    tokens[layout.sample_id == 1] += 1
-    change = (model(tokens, level, layout) - first).abs().amax(-1)[0]  # [L]
+    change = influence(model, tokens, level, layout)
     for clip in (0, 1):
-        change_here = change[layout.sample_id[0] == clip].max()
-        print(f"other pixels in clip 1 change clip {clip} by {change_here:.2g}")
+        here = layout.sample_id[0] == clip
+        inside, across = change[here][:, here].max(), change[here][:, ~here].max()
+        print(f"clip {clip} changes by {inside:.2g} with its patches, by {across:.2g} with others'")
     total = sum(x.numel() for x in model.parameters())
     for name, module in model.named_children():
         n = sum(x.numel() for x in module.parameters())
         print(f"{name:10s} {n:9,d} parameters, {n / total:4.0%}")
-    draw(layout, config.width // config.heads, config.rope_base).save("dit_demo.png")
-    print("wrote dit_demo.png")
+    picture = (255 * (change / change.max()).sqrt()).byte().numpy()  # a row is an output
+    side = 16 * len(picture)
+    Image.fromarray(picture).resize((side, side), Image.NEAREST).save("dit_demo.png")
+    print("wrote dit_demo.png: which tokens (columns) change which (rows)")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import patches
-from dit import attend, rotary_angles, rotate
+from attention import attend, rotary_angles, rotate
 from text import END, Tokenizer
 
 LONGEST = 128  # tokens of a text

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention
 import batches
 import bench
 import caption_reader
@@ -305,6 +306,111 @@ def test_a_plan_that_loses_a_clip_or_overfills_a_row_is_refused():
         patches.pack(latents, texts, 2, 24, [[0, 1], [2]])
 
 
+# ======================================================================== the concept: attention.py
+
+
+def test_rotary_scores_know_only_distances():
+    """Shift a clip in time, rows and columns: q . k stays, for each pair of its tokens."""
+    position = patches.grid_positions(3, 8, 10, 2)
+    q, k = torch.randn(2, len(position), 1, 64, generator=random_state(3))
+    scores = []
+    for shift in ((0, 0, 0), (5, 0, 0), (0, 9, 0), (0, 0, 13), (7, 2, 11), (-4, 0, 0)):
+        turn = attention.rotary_angles(position + torch.tensor(shift), 64, 100.0)
+        a, b = (attention.rotate(x, *turn)[:, 0] for x in (q, k))  # [n, head]
+        assert close(a.norm(dim=-1), q[:, 0].norm(dim=-1))
+        scores.append(a @ b.T)
+    assert all(close(score, scores[0]) for score in scores[1:])
+    assert not close(scores[0], q[:, 0] @ k[:, 0].T, 0.05)
+
+
+def test_attention_inside_clips_is_softmax_under_the_mask():
+    packed = patches.pack(*three_clips(), 2, 24)
+    q, k, v = torch.randn(3, 2, 24, 2, 16, generator=random_state(4))  # [B, L, heads, head]
+    order, groups = attention.clips_by_length(packed.sample_id)
+    assert groups == ((1, 7), (1, 15), (1, 22))
+    out = attention.packed_attention(*(x.flatten(0, 1)[order] for x in (q, k, v)), groups)
+    real = packed.sample_id.flatten()[order] >= 0
+    mask = packed.sample_id[:, None, :, None] == packed.sample_id[:, None, None, :]
+    score = torch.einsum("bihd,bjhd->bhij", q, k) / 4
+    weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
+    whole = torch.einsum("bhij,bjhd->bihd", weight, v)
+    assert real.sum() == 44 and close(out[real], whole.flatten(0, 1)[order][real])
+
+
+@pytest.mark.parametrize("path", ["grouped", "flex", "varlen"])
+def test_every_path_of_attention_is_that_of_each_clip_alone(path):
+    """FlexAttention has no backward pass on a CPU, and varlen has nothing there."""
+    if path == "varlen" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device, kind = ("cuda", torch.bfloat16) if path == "varlen" else ("cpu", torch.float32)
+    groups, lengths = ((2, 7), (3, 20), (1, 530)), [7, 7, 20, 20, 20, 530]
+    state = random_state(6)
+    q, k, v = torch.randn(3, sum(lengths) + 9, 2, 16, generator=state).to(device, kind)  # padding
+    out = attention.packed_attention(q, k, v, groups, path)
+    start = 0
+    for n in lengths:
+        a, b, c = (x[start : start + n].float().transpose(0, 1) for x in (q, k, v))
+        alone = (a @ b.mT / 4).softmax(-1) @ c  # [heads, n, head]
+        here = out[start : start + n].float().transpose(0, 1)
+        assert close(here, alone, 1e-5 if kind == torch.float32 else 2e-2)
+        start += n
+    assert not out[start:].any()
+
+
+def test_both_ways_of_attending_agree():
+    q, k, v = torch.randn(3, 1, 2, 600, 16, generator=random_state(5))
+    fused = attention.attend(q, k, v)
+    assert close(fused, (q @ k.mT / 4).softmax(-1) @ v)
+    assert close(attention.attend(q[..., :500, :], k[..., :500, :], v[..., :500, :]),
+                 torch.nn.functional.scaled_dot_product_attention(
+                     *(x[..., :500, :] for x in (q, k, v))))  # fmt: skip
+
+
+def places(packed: patches.Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """What `neighbours` asks for: position [N, 3], sample_id [N], is_text [N]."""
+    return tuple(x.flatten(0, 1) for x in (packed.position, packed.sample_id, packed.text >= 0))
+
+
+@pytest.mark.parametrize("order", [None, 7])
+def test_neighbours_are_one_step_away_in_the_same_clip(order):
+    """Found by looking at all pairs; windows from later on start at time 1; in any order."""
+    packed = patches.pack(*three_clips(), 2, 24, starts=[0, 1, 0])
+    position, sample_id, is_text = places(packed)
+    if order:
+        other = torch.randperm(len(position), generator=random_state(order))
+        position, sample_id, is_text = position[other], sample_id[other], is_text[other]
+    near, N = attention.neighbours(position, sample_id, is_text), len(position)
+    step = position[None] - position[:, None]  # [N, N, 3]
+    alike = (sample_id[:, None] == sample_id) & (sample_id >= 0) & (is_text[:, None] == is_text)
+    for k, way in enumerate(attention.BESIDE):
+        there = alike & (step == way).all(-1)
+        assert there.sum(1).max() == 1
+        assert torch.equal(near[:, k], torch.where(there.any(1), there.int().argmax(1), N))
+    assert (near[sample_id < 0] == N).all() and (near[is_text, 2:] == N).all()
+    words = near[is_text, 1]  # the next word of a caption, if there is one
+    assert (words < N).sum() == is_text.sum() - 3
+
+
+def test_a_stencil_is_a_depthwise_convolution():
+    """Against conv3d on one clip's grid, and its gradients against numerical ones."""
+    state = random_state(24)
+    z = torch.randn(4, 3, 6, 8, generator=state, dtype=torch.float64)
+    packed = patches.pack([z], [[]], 1, 3 * 6 * 8 + 2)
+    near = attention.neighbours(*places(packed))
+    weight = torch.randn(6, 1, 4, generator=state, dtype=torch.float64)
+    kernel = torch.zeros(4, 1, 3, 3, 3, dtype=torch.float64)
+    for k, (t, row, column) in enumerate(attention.BESIDE.tolist()):
+        kernel[:, 0, 1 + t, 1 + row, 1 + column] = weight[k, 0]
+    expected = torch.nn.functional.conv3d(z, kernel, padding=1, groups=4)  # [4, 3, 6, 8]
+    tokens = torch.cat([z.flatten(1).T, torch.randn(2, 4, dtype=torch.float64)])  # and padding
+    out = attention.Stencil.apply(tokens, near, weight)
+    assert close(out[:-2], expected.flatten(1).T) and not out[-2:].any()
+    near = attention.neighbours(*places(patches.pack(*three_clips(), 2, 24)))
+    given = (torch.randn(48, 2, generator=state, dtype=torch.float64), weight[..., :2].clone())
+    x, weight = (value.requires_grad_() for value in given)
+    assert torch.autograd.gradcheck(lambda x, w: attention.Stencil.apply(x, near, w), (x, weight))
+
+
 # ============================================================================== the concept: dit.py
 
 
@@ -344,7 +450,7 @@ def test_clips_of_equal_length_are_attended_together_and_stay_apart(network_of_t
     levels = [torch.tensor([0.7]), LEVELS[1], torch.tensor([0.2]), torch.tensor([0.7])]
     plan = [[1], [3, 0], [2]]
     packed = patches.pack(latents, texts, 2, 24, plan)
-    assert dit.clips_by_length(packed.sample_id)[1] == ((3, 7), (1, 22))
+    assert attention.clips_by_length(packed.sample_id)[1] == ((3, 7), (1, 22))
     together = denoise_packed(network_of_three, latents, texts, levels, 24, plan)
     for k, out in enumerate(together):
         (alone,) = denoise_packed(network_of_three, [latents[k]], [texts[k]], [levels[k]])
@@ -409,28 +515,15 @@ def test_the_places_of_words_are_counted_in_each_caption():
     assert dit.places_of(owner).tolist() == [0, 1, 2, 0, 0, 1]
 
 
-def test_the_mean_of_a_caption_is_of_its_own_words():
+def test_the_summary_of_a_caption_is_of_its_own_words():
     packed = patches.pack(*three_clips(), 2, 24)
     words = torch.randn(48, 8, generator=random_state(20))  # a vector for each place of the rows
     is_text = packed.text.flatten() >= 0
-    means = dit.mean_of_each(words[is_text], packed.sample_id.flatten()[is_text], 4)
+    sums = dit.sum_of_each(words[is_text], packed.sample_id.flatten()[is_text], 4)
     places = [range(24 + 15, 24 + 18), range(4), range(24, 27)]  # see the packing of the docstring
-    expected = [words[list(place)].mean(0) for place in places] + [torch.zeros(8)]
-    assert close(means, torch.stack(expected))  # a clip without a caption: zero
-
-
-def test_rotary_scores_know_only_distances():
-    """Shift a clip in time, rows and columns: q . k stays, for each pair of its tokens."""
-    position = patches.grid_positions(3, 8, 10, 2)
-    q, k = torch.randn(2, len(position), 1, 64, generator=random_state(3))
-    scores = []
-    for shift in ((0, 0, 0), (5, 0, 0), (0, 9, 0), (0, 0, 13), (7, 2, 11), (-4, 0, 0)):
-        turn = dit.rotary_angles(position + torch.tensor(shift), 64, 100.0)
-        a, b = (dit.rotate(x, *turn)[:, 0] for x in (q, k))  # [n, head]
-        assert close(a.norm(dim=-1), q[:, 0].norm(dim=-1))
-        scores.append(a @ b.T)
-    assert all(close(score, scores[0]) for score in scores[1:])
-    assert not close(scores[0], q[:, 0] @ k[:, 0].T, 0.05)
+    expected = [words[list(place)].sum(0) / (2 * len(place) ** 0.5) for place in places]
+    assert close(sums, torch.stack([*expected, torch.zeros(8)]))  # without a caption: zero
+    assert close(sums[1], words[:4].mean(0))
 
 
 def test_a_shifted_clip_gives_the_same(network_of_three):
@@ -439,40 +532,6 @@ def test_a_shifted_clip_gives_the_same(network_of_three):
     level = patches.frame_levels(packed, LEVELS)
     a, b = (network_of_three(packed.tokens, level, x) for x in (packed, shifted))
     assert close(a, b)
-
-
-def test_attention_inside_clips_is_softmax_under_the_mask():
-    packed = patches.pack(*three_clips(), 2, 24)
-    q, k, v = torch.randn(3, 2, 24, 2, 16, generator=random_state(4))  # [B, L, heads, head]
-    order, groups = dit.clips_by_length(packed.sample_id)
-    assert groups == ((1, 7), (1, 15), (1, 22))
-    out = dit.packed_attention(*(x.flatten(0, 1)[order] for x in (q, k, v)), groups)
-    real = packed.sample_id.flatten()[order] >= 0
-    mask = packed.sample_id[:, None, :, None] == packed.sample_id[:, None, None, :]
-    score = torch.einsum("bihd,bjhd->bhij", q, k) / 4
-    weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
-    whole = torch.einsum("bhij,bjhd->bihd", weight, v)
-    assert real.sum() == 44 and close(out[real], whole.flatten(0, 1)[order][real])
-
-
-@pytest.mark.parametrize("path", ["grouped", "flex", "varlen"])
-def test_every_path_of_attention_is_that_of_each_clip_alone(path):
-    """FlexAttention has no backward pass on a CPU, and varlen has nothing there."""
-    if path == "varlen" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    device, kind = ("cuda", torch.bfloat16) if path == "varlen" else ("cpu", torch.float32)
-    groups, lengths = ((2, 7), (3, 20), (1, 530)), [7, 7, 20, 20, 20, 530]
-    state = random_state(6)
-    q, k, v = torch.randn(3, sum(lengths) + 9, 2, 16, generator=state).to(device, kind)  # padding
-    out = dit.packed_attention(q, k, v, groups, path)
-    start = 0
-    for n in lengths:
-        a, b, c = (x[start : start + n].float().transpose(0, 1) for x in (q, k, v))
-        alone = (a @ b.mT / 4).softmax(-1) @ c  # [heads, n, head]
-        here = out[start : start + n].float().transpose(0, 1)
-        assert close(here, alone, 1e-5 if kind == torch.float32 else 2e-2)
-        start += n
-    assert not out[start:].any()
 
 
 def test_recomputed_and_compiled_blocks_give_the_same_gradients(network_of_three):
@@ -493,15 +552,6 @@ def test_recomputed_and_compiled_blocks_give_the_same_gradients(network_of_three
             found.append({name: p.grad.clone() for name, p in model.named_parameters()})
         assert all(close(found[1][name], value) for name, value in found[0].items())
     plain.zero_grad()
-
-
-def test_both_ways_of_attending_agree():
-    q, k, v = torch.randn(3, 1, 2, 600, 16, generator=random_state(5))
-    fused = dit.attend(q, k, v)
-    assert close(fused, (q @ k.mT / 4).softmax(-1) @ v)
-    assert close(dit.attend(q[..., :500, :], k[..., :500, :], v[..., :500, :]),
-                 torch.nn.functional.scaled_dot_product_attention(
-                     *(x[..., :500, :] for x in (q, k, v))))  # fmt: skip
 
 
 def test_adaln_zero_starts_as_the_identity_and_says_zero():
@@ -921,7 +971,7 @@ def test_hashed_numbers_are_uniform_and_independent():
 
 @pytest.mark.parametrize(
     "concept",
-    ["data", "vae", "patches", "dit", "diffusion", "text", "language", "recaption"],
+    ["data", "vae", "patches", "attention", "dit", "diffusion", "text", "language", "recaption"],
 )
 def test_a_demo_runs_and_draws(concept, tmp_path):
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1094,7 +1144,8 @@ def test_activations_are_what_autograd_keeps(kind):
     block, kept = model.blocks[0], {}
     given = torch.randn(n, d, requires_grad=True), torch.randn(1, d, requires_grad=True)
     place = torch.zeros(n, dtype=torch.int64)
-    turn = dit.rotary_angles(torch.zeros(n, 3), d // 2, 10.0)
+    near = torch.arange(n)[:, None].expand(-1, 6).contiguous()
+    turn = attention.rotary_angles(torch.zeros(n, 3), d // 2, 10.0)
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def keep(x: Tensor) -> Tensor:
@@ -1105,7 +1156,7 @@ def test_activations_are_what_autograd_keeps(kind):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            block(*given, place, turn, ((1, n),))
+            block(*given, place, turn, ((1, n),), near)
     real = sum(size for size, _ in kept.values())
     assert cost.activations(model, n, kind, False) == pytest.approx(real, rel=0.05)
 
@@ -1198,7 +1249,8 @@ def test_bench_compares_packing_with_padding_that_costs():
     packed, padded = bench.mixed_batch(vae, DiTConfig()).values()
     assert packed.lengths == padded.lengths and packed.fill > 0.9
     rows, L = padded.text.shape
-    assert dit.clips_by_length(padded.sample_id)[1] == ((rows, L),) and L == max(packed.lengths)
+    assert attention.clips_by_length(padded.sample_id)[1] == ((rows, L),)
+    assert L == max(packed.lengths)
     sizes = {1 + 4 * (t - 1) for t, _, _ in packed.grids}
     assert {1, 17} <= sizes and {h / w for _, h, w in packed.grids} >= {0.5, 1.0, 2.0}
 
