@@ -75,8 +75,8 @@ def step_flops(dit: DiT, lengths: list[int], words: int, frames: int) -> tuple[f
 # What a block keeps for its backward pass, in numbers for each token and unit of width: adaLN's
 # table 6, after `up` 4, after gelu 4, qkv 3; the input, the norm's output, 1 + scale and what is
 # modulated, all twice, 8; with what is beside it 1; normed queries and keys 2; turned ones 2, what
-# attention says 1 and again in the tokens' order 1; after `merge` 1, after `down` 1: 34. In bfloat16
-# the input and all norms' outputs, 6 of them, still have 4 bytes.
+# attention says 1 and again in the tokens' order 1; after `merge` 1, after `down` 1: 34. In
+# bfloat16 the input and all norms' outputs, 6 of them, still have 4 bytes.
 KEPT = {torch.float32: 34 * 4, torch.bfloat16: 28 * 2 + 6 * 4 + 6}
 
 
