@@ -241,15 +241,19 @@ def packed_example() -> SimpleNamespace:
 
 
 def draw(layout: SimpleNamespace, head: int, base: float) -> Image.Image:
-    """Who attends to whom, by sample_id; and the cosines of the rotary angles. A row is a token."""
+    """Who attends to whom, by sample_id, and who lies beside whom; and the cosines of the rotary
+    angles. A row is a token."""
     ids = layout.sample_id[0]
-    mask = (ids[:, None] == ids) & (ids >= 0)  # [L, L]
+    shade = 70 + 90 * ((ids[:, None] == ids) & (ids >= 0))  # [L, L]
+    near = neighbours(layout.position[0], ids, layout.text[0] >= 0)
+    row, k = (near < len(near)).nonzero().T
+    shade[row, near[row, k]] = 240
     cos = rotary_angles(layout.position[0], head, base)[0][:, 0]  # [L, head/2]
     sheet = Image.new("L", (1010, 23 * 12 + 30), 40)
     pen = ImageDraw.Draw(sheet)
-    pen.text((130, 6), "white: this row's token attends to this column's", fill=255)
+    pen.text((130, 6), "attends to this column's token; white: lies beside it", fill=255)
     pen.text((450, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
-    for x, wide, table in ((130, 12, 90 + 150 * mask), (450, 17, 127.5 * (cos + 1))):
+    for x, wide, table in ((130, 12, shade), (450, 17, 127.5 * (cos + 1))):
         picture = Image.fromarray(table.byte().numpy())
         size = (table.shape[1] * wide, table.shape[0] * 12)
         sheet.paste(picture.resize(size, Image.NEAREST), (x, 24))
