@@ -81,6 +81,7 @@ class Clip:
     patches: int  # in each of its t latent frames
     known: np.ndarray  # [T] bool: frames that are given
     past: int  # latent frames that are given as a window's past, a little noisy; mostly none
+    start: int  # 1: a window from later on in a longer clip, with a past or given frames; else 0
     level: np.ndarray  # [t] float: of each latent frame; NaN until the batch says
     free: np.ndarray  # [t] bool: whether it is to be learned
 
@@ -94,35 +95,38 @@ class Clip:
 
     @property
     def alike(self) -> tuple:  # clips of which this is the same are encoded together
-        return self.size, self.past > 0
+        return self.size, self.past > 0, self.start
 
 
 def draw_given(
     vae: VAE, c, key: int, size: list[int], frames: int
-) -> tuple[np.ndarray, int, np.ndarray]:
+) -> tuple[np.ndarray, int, int, np.ndarray]:
     """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given; or just a clip: `known`, `past` and `level` of a Clip. frames: how many
-    there are of it."""
+    some frames are given, of half of these from later on, too (see `prompting.fill`); or just a
+    clip: `known`, `past`, `start` and `level` of a Clip. frames: how many there are of it."""
     random = np.random.default_rng([c.seed, 3, key])
     kind, T, t = random.random(), size[0], vae.grid(*size)[0]
-    known, past, level = np.zeros(T, bool), 0, np.full(t, np.nan)
+    known, past, start, level = np.zeros(T, bool), 0, 0, np.full(t, np.nan)
+    longer = frames >= T + FARTHEST * c.time_factor  # else it has no later on
     if T > 1 and kind < c.later:  # all of an image would be given
-        if frames >= T + FARTHEST * c.time_factor:  # else it has no later on
-            past = int(random.integers(1, t))
+        if longer:
+            past, start = int(random.integers(1, t)), 1
             level[:past] = 0.2 * random.random()
     elif T > 1 and kind < c.later + c.given:
         known = draw_known(T, random.random(3 + T))
         given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
         level[given.reshape(t, -1).all(1)] = 0
-    return known, past, level
+        start = int(longer and known[1:].any() and random.random() < 0.5)  # images begin a clip
+    return known, past, start, level
 
 
 def draw_clip(
     vae: VAE, c, index: int, key: int, size: list[int], frames: int, text: list[int]
 ) -> Clip:
-    known, past, level = draw_given(vae, c, key, size, frames)
+    known, past, start, level = draw_given(vae, c, key, size, frames)
     count = patches.token_count((1, *vae.grid(*size)[1:]), c.patch)
-    return Clip(index, key, tuple(size), text, count, known, past, level, np.isnan(level))
+    free = np.isnan(level)
+    return Clip(index, key, tuple(size), text, count, known, past, start, level, free)
 
 
 # -------------------------------------------------------------------------------- deciding: a batch
@@ -171,8 +175,8 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     captions, frames = [], world.frames(index).tolist()
     for k, i in enumerate(index.tolist()):
         if not stays[k]:
-            known, past, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
-            stays[k] = past > 0 or known[-1]
+            known, _, start, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
+            stays[k] = start or known[-1]
         if stays[k]:
             captions.append(short[k])
         elif labelled[k] or source.written is None:
@@ -241,19 +245,20 @@ def own_clips(drawn: list[tuple]) -> list[Clip]:
 def encode_alike(
     vae: VAE, world: data.World | Folder, c, clips: list[Clip], ahead: int
 ) -> list[Tensor]:
-    """Clips of one size, all of them windows or none: of each the clean latent and what the network
-    is shown of given frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
-    (T, H, W), windows = clips[0].alike
+    """Clips that are `alike`: of each the clean latent and what the network is shown of given
+    frames, [Z + Z + ft, t, h, w]. Windows begin `ahead` latent frames later."""
+    (T, H, W), passed, start = clips[0].alike
     ft, index = c.time_factor, [clip.index for clip in clips]
-    size = (T + ft * ahead, H, W) if windows else (T, H, W)
+    size = (T + ft * ahead * start, H, W)
     video = to_float(world.clips(index, size)[0]).to(vae.mean.device)  # [b, C, T, H, W]
-    latent = vae.encode(video)  # [b, Z, t, h, w]
-    if windows:
-        latent, given = latent[:, :, ahead:], []
+    if passed:  # in latents, as they are handed on from window to window
+        latent, given = vae.encode(video)[:, :, ahead:], []  # [b, Z, t, h, w]
         for clip, one in zip(clips, latent.split(1), strict=True):
             eps = torch.randn(one.shape, generator=seeded(c.seed, 6, clip.key)).to(one)
             given.append(noisy_context(one, clip.past, clip.level[0], eps, ft))
         return list(torch.cat([latent, torch.cat(given)], dim=1))
+    video = video[:, :, ft * ahead * start :]
+    latent = vae.encode(video)  # [b, Z, t, h, w]
     given = latent.new_zeros(len(clips), c.channels + ft, *latent.shape[2:])
     if some := [k for k, clip in enumerate(clips) if clip.known.any()]:
         known = torch.from_numpy(np.stack([clips[k].known for k in some])).to(video.device)
@@ -305,7 +310,7 @@ def make_part(
     layout = [[place[k] for k in plan[row] if k in place] for row in rows]
     layout += [[]] * (most - len(rows))
     mine = [clips[k] for k in here]
-    texts, starts = [clip.text for clip in mine], [int(clip.past > 0) for clip in mine]
+    texts, starts = [clip.text for clip in mine], [clip.start for clip in mine]
     encoded = [latents[clip.name] for clip in mine]
     packed = patches.pack(encoded, texts, c.patch, c.tokens, layout, starts)
     level = patches.frame_levels(packed, [torch.from_numpy(clip.level).float() for clip in mine])
@@ -335,10 +340,12 @@ def encode_clips(source: Source, c, shard: Shard, done: Latents) -> None:
         for shape in ([1, *size[1:]], size):  # the first frames, then all
             drawn = zip(index.tolist(), keys[k], frames, strict=True)
             clips = [draw_clip(vae, c, i, key, shape, there, []) for i, key, there in drawn]
-            ahead = int(random.integers(1, FARTHEST + 1))
-            for some in ([x for x in clips if x.past == 0], [x for x in clips if x.past]):
+            ahead, alike = int(random.integers(1, FARTHEST + 1)), {}
+            for clip in clips:
+                alike.setdefault(clip.alike, []).append(clip)
+            for some in alike.values():
                 with bf16(vae.mean.device):  # as in training
-                    latents = encode_alike(vae, world, c, some, ahead) if some else []
+                    latents = encode_alike(vae, world, c, some, ahead)
                 for clip, latent in zip(some, latents, strict=True):
                     made.setdefault(clip.index, [clip.key]).append(latent)
         shard.append([one for i, one in made.items() if i not in world.lost])

@@ -121,7 +121,7 @@ class Settings:
 DEFAULT = Settings()
 # Frames show it already, so that less of a push kept digits a bit better. With fresh noise in each
 # step, what was placed wrong can still be moved: positions are nearer to the truth in the mean.
-GIVEN = Settings(steps=50, guidance=3.0, eta=1.0)
+GIVEN = Settings(steps=50, guidance=1.0, eta=1.0)
 SETTINGS = {  # of each task of sample.py, by the name of its flag
     "new": DEFAULT,
     "image": DEFAULT,

@@ -1507,8 +1507,8 @@ def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(mov
     short, known = moving.short_captions(index, facts), moving.labelled(index, c.labelled)
     kinds = set()
     for k, i in enumerate(index.tolist()):
-        given, past, _ = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)
-        unknown = past > 0 or given[-1]  # where things start, to someone who samples
+        given, _, start, _ = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)
+        unknown = start or given[-1]  # where things start, to someone who samples
         if before[k] is None:
             assert after[k] == f"written of {asked(short[k], size[k].tolist())}"
             assert not known[k] and not unknown
@@ -2903,7 +2903,7 @@ def test_latents_on_disk_are_what_training_would_make(own, own_whole, tmp_path, 
             frames = int(found.frames([k])[0])
             clip = batches.draw_clip(vae, c, k, key, [T, *size[1:]], frames, [])
             given += clip.known.any()
-            if not clip.past:  # windows begin anywhere
+            if not clip.start:  # windows begin anywhere
                 assert close(stored, batches.encode_alike(vae, found, c, [clip], 0)[0], 0.05)
     assert given > 2
 

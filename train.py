@@ -110,7 +110,7 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
-    captions: str = "prompts"  # what the transformer learns from: prompts, noisy or recaptioned
+    captions: str = "recaptioned"  # what the transformer learns from: prompts, noisy or recaptioned
     labelled: float = 0.1  # share of the clips that have a descriptive caption
     short: float = 0.1  # share of the clips that keep their short caption where recaptioned
     train_clips: int = 20_000  # of the world, to learn from again and again; of prompts: endless
@@ -126,14 +126,14 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
-    steps: int = 4200
+    steps: int = 5000
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     image_phase: float = 0.2  # share of the steps, at the start, that see images only
     dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
     given: float = 0.3  # share of the clips in which some frames are given
-    later: float = 0.1  # share of the clips that are windows from later on, their past given
+    later: float = 0.15  # share of the clips that are windows from later on, their past given
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (dit.py)
     # either training
