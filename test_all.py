@@ -1478,6 +1478,25 @@ def test_the_captioner_sees_what_has_no_caption_and_labelled_clips_only_teach(mo
     assert not set(index) & set(recaption.labelled_clips(moving, 4, 20, 0.1))
 
 
+def test_given_frames_of_a_window_lie_later_in_its_clip(moving):
+    """They are encoded as frames of a clip of their own, which is how a person gives them."""
+    c, vae = configured("--given", "0.9"), with_random_weights(VAE(VAEConfig(channels=3, width=16)))
+    size, ahead = [17, 32, 32], 2
+    drawn = [batches.draw_clip(vae, c, i, i, size, 2**31, []) for i in range(80)]
+    some = [clip for clip in drawn if clip.known.any() and clip.start]
+    assert len(some) > 10 and any(clip.known[-1] for clip in some) and not some[0].past
+    assert all(clip.known[1:].any() for clip in some)  # an image is the first frame of its clip
+    for clip, made in zip(some, batches.encode_alike(vae, moving, c, some, ahead), strict=True):
+        video = prompting.to_float(moving.clips([clip.index], (17 + 4 * ahead, 32, 32))[0])
+        video, known = video[:, :, 4 * ahead :], torch.from_numpy(clip.known)[None]
+        given, whole = prompting.encode_given(vae, video, known)
+        clean = torch.where(whole[:, None, :, None, None], given[:, :3], vae.encode(video))
+        assert close(made, torch.cat([clean, given], dim=1)[0])
+        assert np.array_equal(clip.free, ~whole[0].numpy())
+    short = [batches.draw_clip(vae, c, i, i, size, 30, []) for i in range(80)]
+    assert not any(clip.start for clip in short)  # clips that have no later on
+
+
 def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(moving, tmp_path):
     """Each of its own clip and of what came with it, whatever is encoded together."""
     flags = "--captions recaptioned --train-clips 300 --rows 8 --tokens 256 --given 0.5"
