@@ -137,14 +137,17 @@ def scaling(args: argparse.Namespace) -> None:
     shared = ("vae", "text") if c.captions == "recaptioned" else ("vae",)
     for stage in () if given else shared:
         train.main(replace(c, stage=stage, out=str(out / "vae")))
+    files = [find(given or out / "vae", name) for name in shared]
+    if "text" in shared:  # what it wrote of the clips that the transformers learn from
+        files.append(files[0].parent / "captions.jsonl")
     runs, figures = {}, []
     for times in TIMES:
         steps = max(1, c.steps * times // TIMES[-1])
         folder = given if given and times == TIMES[-1] else out / f"{times}x"
         if folder != given:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in shared:
-                shutil.copy(find(given or out / "vae", name), folder)
+            for path in files:
+                shutil.copy(path, folder)
             this = {"stage": "dit", "steps": steps, "out": str(folder), "keep": 0}
             train.main(replace(c, **this, sample_every=10**9))
         run = sample.load_run(folder)

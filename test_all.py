@@ -1195,7 +1195,8 @@ def test_scaling_draws_what_more_compute_brings(network, tmp_path, monkeypatch):
     """The real command, as small as it gets."""
     monkeypatch.setattr(evaluate, "load_classifier", lambda digit: (network, 1.0))
     words = ["evaluate.py", "scaling", "--steps", "16", "--ones", "6", "--out", str(tmp_path), "--"]
-    monkeypatch.setattr(sys, "argv", [*words, *SMALL[:-8], "--vae-batch", "2"])
+    assert SMALL[-2:] == ["--captions", "prompts"]  # without these, re-captioned
+    monkeypatch.setattr(sys, "argv", [*words, *SMALL[:-2]])
     evaluate.main()
     figures = json.loads((tmp_path / "scaling.json").read_text())
     assert [f["steps"] for f in figures] == [1, 4, 16]
