@@ -38,7 +38,7 @@ from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 from weights import find, load_ema
 
-CONTEXT = 0.1  # how noisy the latents are that a window takes over from the one before it
+CONTEXT = 0.2  # how noisy the latents are that a window takes over; the most that training shows
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 
 
@@ -119,13 +119,13 @@ class Settings:
 
 
 DEFAULT = Settings()
-# Frames show it already, so that less of a push kept digits a bit better. With fresh noise in each
-# step, what was placed wrong can still be moved: positions are nearer to the truth in the mean.
+# Given frames show it already: the less of a push, the smoother the seams and the nearer to the
+# truth. With fresh noise in each step, what was placed wrong can still be moved.
 GIVEN = Settings(steps=50, guidance=1.0, eta=1.0)
 SETTINGS = {  # of each task of sample.py, by the name of its flag
     "new": DEFAULT,
     "image": DEFAULT,
-    "extend": GIVEN,
+    "extend": Settings(steps=50, guidance=2.0, eta=1.0),  # without, more digits changed
     "loop": GIVEN,
     "connect": GIVEN,
     "edit": DEFAULT,
