@@ -39,6 +39,7 @@ from vae import VAE
 
 HELD_BACK = 10**6  # a step whose clips are only measured on
 FARTHEST = 6  # latent frames; how much later than its clip a window may begin
+MOST_NOISE = 0.5  # the highest level of a window's past; see `prompting.CONTEXT`
 
 
 @dataclass
@@ -102,8 +103,8 @@ def draw_given(
     vae: VAE, c, key: int, size: list[int], frames: int
 ) -> tuple[np.ndarray, int, int, np.ndarray]:
     """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given, of half of these from later on, too (see `prompting.fill`); or just a
-    clip: `known`, `past`, `start` and `level` of a Clip. frames: how many there are of it."""
+    some frames are given, with half of the given endings from later on, too (see `prompting.fill`);
+    or just a clip: `known`, `past`, `start` and `level` of a Clip. frames: how many there are."""
     random = np.random.default_rng([c.seed, 3, key])
     kind, T, t = random.random(), size[0], vae.grid(*size)[0]
     known, past, start, level = np.zeros(T, bool), 0, 0, np.full(t, np.nan)
@@ -111,12 +112,12 @@ def draw_given(
     if T > 1 and kind < c.later:  # all of an image would be given
         if longer:
             past, start = int(random.integers(1, t)), 1
-            level[:past] = 0.2 * random.random()
+            level[:past] = MOST_NOISE * random.random()
     elif T > 1 and kind < c.later + c.given:
         known = draw_known(T, random.random(3 + T))
         given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
         level[given.reshape(t, -1).all(1)] = 0
-        start = int(longer and known[1:].any() and random.random() < 0.5)  # images begin a clip
+        start = int(longer and known[-1] and random.random() < 0.5)
     return known, past, start, level
 
 

@@ -38,7 +38,7 @@ from text import NOTHING, Tokenizer
 from vae import VAE, VAEConfig
 from weights import find, load_ema
 
-CONTEXT = 0.2  # how noisy the latents are that a window takes over; the most that training shows
+CONTEXT = 0.4  # how noisy the latents are that a window takes over from the one before it
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 
 

@@ -1485,8 +1485,8 @@ def test_given_frames_of_a_window_lie_later_in_its_clip(moving):
     size, ahead = [17, 32, 32], 2
     drawn = [batches.draw_clip(vae, c, i, i, size, 2**31, []) for i in range(80)]
     some = [clip for clip in drawn if clip.known.any() and clip.start]
-    assert len(some) > 10 and any(clip.known[-1] for clip in some) and not some[0].past
-    assert all(clip.known[1:].any() for clip in some)  # an image is the first frame of its clip
+    assert len(some) > 5 and all(clip.known[-1] and not clip.past for clip in some)
+    assert any(clip.known[-1] and not clip.start for clip in drawn)
     for clip, made in zip(some, batches.encode_alike(vae, moving, c, some, ahead), strict=True):
         video = prompting.to_float(moving.clips([clip.index], (17 + 4 * ahead, 32, 32))[0])
         video, known = video[:, :, 4 * ahead :], torch.from_numpy(clip.known)[None]
