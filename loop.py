@@ -192,7 +192,9 @@ def gradients_in_threads(
     weights, loss, logs = list(model.parameters()), 0.0, {}
 
     def learn(batch) -> tuple:
-        with sample.bf16(device):  # threads do not inherit it
+        # Threads do not inherit it. The cache is one for all threads, and each empties it when it
+        # is done: how gradients are rounded would depend on which of them is faster.
+        with sample.bf16(device, cache=False):
             share, more = stage.loss(model, batch, step)
         return share.item(), more, torch.autograd.grad(share, weights, allow_unused=True)
 

@@ -132,14 +132,16 @@ SETTINGS = {  # of each task of sample.py, by the name of its flag
 }
 
 
-def bf16(device: torch.device):
+def bf16(device: torch.device, cache: bool = True):
     """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay
-    float32."""
+    float32. cache: keep the bfloat16 copies of weights for when they are used again."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported()
     else:
         able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
+    if not able:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
 
 
 def latent_grid(run: Run, T: int, H: int, W: int) -> tuple[int, int, int]:
