@@ -177,7 +177,7 @@ def neighbours(position: Tensor, sample_id: Tensor, is_text: Tensor) -> Tensor:
     """
     owner, N = 2 * sample_id + is_text, len(sample_id)  # words are not beside patches
     low = position.amin(0) - 1  # a place is left free on all sides
-    span = (position.amax(0) + 2 - low).tolist()
+    span = position.amax(0) + 2 - low  # [3], on its device: nobody waits for it
 
     def number(owner: Tensor, position: Tensor) -> Tensor:
         """Another one for each place of each clip."""

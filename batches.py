@@ -242,6 +242,14 @@ def own_clips(drawn: list[tuple]) -> list[Clip]:
 # ------------------------------------------------------------------------------------------- making
 
 
+def by_kind(clips: list[Clip]) -> list[list[Clip]]:
+    """Those that are `alike` together."""
+    kinds = {}
+    for clip in clips:
+        kinds.setdefault(clip.alike, []).append(clip)
+    return list(kinds.values())
+
+
 @torch.no_grad()
 def encode_alike(
     vae: VAE, world: data.World | Folder, c, clips: list[Clip], ahead: int
@@ -282,16 +290,16 @@ class Part:
 
 def dit_parts(source: Source, c, first: int, count: int) -> list[list[Part]]:
     """This process's parts of `count` steps from `first` on."""
-    drawn, alike, latents = own_rows(source, c, first, count), {}, {}  # latents by name
-    for clip in own_clips(drawn):
-        if source.stored is None:
-            alike.setdefault(clip.alike, []).append(clip)
-        elif clip.key in source.stored:
-            latents[clip.name] = source.stored.read(clip.key, clip.size[0] == 1)
-    ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, FARTHEST + 1))
-    for some in alike.values():
-        made = encode_alike(source.vae, source.world, c, some, ahead)
-        latents |= zip((clip.name for clip in some), made, strict=True)
+    drawn = own_rows(source, c, first, count)
+    clips, stored, latents = own_clips(drawn), source.stored, {}  # latents by name
+    if stored is None:
+        ahead = int(np.random.default_rng([c.seed, 7, first]).integers(1, FARTHEST + 1))
+        for some in by_kind(clips):
+            made = encode_alike(source.vae, source.world, c, some, ahead)
+            latents |= zip((clip.name for clip in some), made, strict=True)
+    else:
+        for clip in (clip for clip in clips if clip.key in stored):
+            latents[clip.name] = stored.read(clip.key, clip.size[0] == 1)
     latents = {name: z for name, z in latents.items() if name[0] not in source.world.lost}
     most = -(-c.rows // (ranks() * c.accumulate))  # rows of a part: always as many, some empty
     return [
@@ -341,10 +349,8 @@ def encode_clips(source: Source, c, shard: Shard, done: Latents) -> None:
         for shape in ([1, *size[1:]], size):  # the first frames, then all
             drawn = zip(index.tolist(), keys[k], frames, strict=True)
             clips = [draw_clip(vae, c, i, key, shape, there, []) for i, key, there in drawn]
-            ahead, alike = int(random.integers(1, FARTHEST + 1)), {}
-            for clip in clips:
-                alike.setdefault(clip.alike, []).append(clip)
-            for some in alike.values():
+            ahead = int(random.integers(1, FARTHEST + 1))
+            for some in by_kind(clips):
                 with bf16(vae.mean.device):  # as in training
                     latents = encode_alike(vae, world, c, some, ahead)
                 for clip, latent in zip(some, latents, strict=True):

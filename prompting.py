@@ -23,7 +23,7 @@ Alphabet: N clips of one size; T, H, W in pixels; Z, t, h, w in latents; ft fram
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,7 @@ GIVEN = Settings(steps=50, guidance=1.0, eta=1.0)
 SETTINGS = {  # of each task of sample.py, by the name of its flag
     "new": DEFAULT,
     "image": DEFAULT,
-    "extend": Settings(steps=50, guidance=2.0, eta=1.0),  # without, more digits changed
+    "extend": replace(GIVEN, guidance=2.0),  # without, more digits changed
     "loop": GIVEN,
     "connect": GIVEN,
     "edit": DEFAULT,

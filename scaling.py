@@ -137,9 +137,10 @@ def scaling(args: argparse.Namespace) -> None:
     shared = ("vae", "text") if c.captions == "recaptioned" else ("vae",)
     for stage in () if given else shared:
         train.main(replace(c, stage=stage, out=str(out / "vae")))
-    files = [find(given or out / "vae", name) for name in shared]
+    source = given or out / "vae"
+    files = [find(source, name) for name in shared]
     if "text" in shared:  # what it wrote of the clips that the transformers learn from
-        files.append(files[0].parent / "captions.jsonl")
+        files.append(source / "captions.jsonl")
     runs, figures = {}, []
     for times in TIMES:
         steps = max(1, c.steps * times // TIMES[-1])
