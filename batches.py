@@ -103,8 +103,9 @@ def draw_given(
     vae: VAE, c, key: int, size: list[int], frames: int
 ) -> tuple[np.ndarray, int, int, np.ndarray]:
     """A window from later on in a longer clip, which sees its own past (see `prompting.roll`); or
-    some frames are given, with half of the given endings from later on, too (see `prompting.fill`);
-    or just a clip: `known`, `past`, `start` and `level` of a Clip. frames: how many there are."""
+    some frames are given (see `prompting.fill`), also of what lies between two ends, later on, and
+    of what leads to an end, half of it from later on; or just a clip: `known`, `past`, `start` and
+    `level` of a Clip. frames: how many there are."""
     random = np.random.default_rng([c.seed, 3, key])
     kind, T, t = random.random(), size[0], vae.grid(*size)[0]
     known, past, start, level = np.zeros(T, bool), 0, 0, np.full(t, np.nan)
@@ -117,7 +118,7 @@ def draw_given(
         known = draw_known(T, random.random(3 + T))
         given = np.append(np.repeat(known[:1], c.time_factor - 1), known)  # as `encode_given`
         level[given.reshape(t, -1).all(1)] = 0
-        start = int(longer and known[-1] and random.random() < 0.5)
+        start = int(longer and known[-1] and (known[0] or random.random() < 0.5))
     return known, past, start, level
 
 
@@ -167,8 +168,8 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     """Of clips of the world [n] of sizes [n, 3] the descriptive captions that are known, those that
     the captioner wrote (None: it did not yet), and of a share the short ones.
 
-    A caption says where things start and what they then do. Of a window from later on, or of what
-    leads to a given ending, nobody knows that when sampling: there the short one stays, too."""
+    A caption says where things start and what they then do. Of a window from later on nobody knows
+    that when sampling: there the short one stays, too."""
     world, facts = source.world, source.world.all_facts(index, size)
     short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
     stays = data.hashed_uniform(c.seed + 2**34, index, 1)[:, 0] < c.short
@@ -176,8 +177,7 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     captions, frames = [], world.frames(index).tolist()
     for k, i in enumerate(index.tolist()):
         if not stays[k]:
-            known, _, start, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
-            stays[k] = start or known[-1]
+            stays[k] = draw_given(source.vae, c, i, size[k].tolist(), frames[k])[2]
         if stays[k]:
             captions.append(short[k])
         elif labelled[k] or source.written is None:

@@ -78,19 +78,27 @@ def expand(
     size: tuple[int, int, int],
     seeds: list[int],
     clips: list[np.ndarray] | None = None,
+    ending: bool = False,
 ) -> list[str]:
     """Short prompts as the descriptive captions that the DiT was trained on, if it was. clips
-    uint8 [C, L, H, W], of one size: what a clip of each prompt begins with, if that is given; its
-    caption then says what is seen there."""
+    uint8 [C, L, H, W], of one size: what a clip of each prompt begins or, in one window, ends with,
+    if that is given; its caption then says what is seen there."""
     if not run.language:
         return list(prompts)
-    begun, largest = None, max(map(max, run.world["shapes"]))
+    part, largest = None, max(map(max, run.world["shapes"]))
     if clips is not None and max(clips[0].shape[2:]) <= largest:  # larger: it cannot read that
         ft, most = run.vae.config.time_factor, max(run.world["durations"])
-        whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft  # frames that fill latents
-        video = to_float([clip[:, :whole] for clip in clips]).to(run.device)
-        begun = list(run.vae.encode(video))  # [Z, n, h, w] each
-    return run.language.expand(prompts, size, seeds, begun)
+        if ending:  # all before it is blank: [Z, t, h, w] each
+            missing = size[0] - clips[0].shape[1] + -(size[0] - 1) % ft  # it ends a latent
+            video = np.pad(np.stack(clips), ((0, 0), (0, 0), (missing, 0), (0, 0), (0, 0)))
+            known = (torch.arange(video.shape[2]) >= missing).expand(len(video), -1)
+            given, _ = encode_given(run.vae, to_float(video).to(run.device), known.to(run.device))
+            part = list(given[:, : run.vae.config.channels])
+        else:  # as much as fills latents: [Z, n, h, w] each
+            whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft
+            video = to_float([clip[:, :whole] for clip in clips]).to(run.device)
+            part = list(run.vae.encode(video))
+    return run.language.expand(prompts, size, seeds, part)
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:

@@ -23,7 +23,7 @@ clip is made in windows, and .mp4 and .webm are on disk as they are made. prompt
 If the model was trained on descriptive captions, a short prompt is first expanded into one, which
 says also where things start and how fast they move: one for each seed, and printed. --no-expand
 leaves it as it is. It is left alone, too, where nobody knows that: in later windows of a long clip,
-and before a given ending.
+and between two clips.
 
 A clip is a function of its prompt, size, seed and what was given, alone, in a batch or tomorrow.
 """
@@ -99,7 +99,8 @@ def extend(
     how: Settings = SETTINGS["extend"],
     first: list[str] | None = None,
 ) -> list[np.ndarray]:
-    """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
+    """Clips that go on for `frames` more, or begin as many earlier. Any lengths. first: what
+    `told_beside` makes of the prompts."""
     video, part = np.stack(clips), 0
     if not backward:
         size = (video.shape[2] + frames, *video.shape[3:])
@@ -113,10 +114,31 @@ def extend(
         blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
         window = np.concatenate([blank, video[:, :, :seen]], axis=2)
         start = int(frames > new)  # more will come before it
-        made = fill(run, prompts, window, known, seeded(seeds, part), how, start=start)
+        words = prompts if start else first or prompts
+        made = fill(run, words, window, known, seeded(seeds, part), how, start=start)
         made = made[:, :, more : more + new]
         video, frames, part = np.concatenate([made, video], axis=2), frames - new, part + 1
     return list(video)
+
+
+def told_beside(
+    run: Run,
+    prompts: list[str],
+    clips: list[np.ndarray],
+    frames: int,
+    seeds: list[int],
+    backward: bool = False,
+) -> list[str]:
+    """Prompts of clips that are to be extended, expanded beside what is shown of them. A caption
+    says how a clip sets out: where its first window is not all known from there, they stay."""
+    L, (H, W) = clips[0].shape[1], clips[0].shape[2:]
+    if backward and frames <= room(run, L, "backward"):
+        seen = backward_context(run, L)
+        part = [clip[:, :seen] for clip in clips]
+        return expand(run, prompts, (seen + frames, H, W), seeds, part, ending=True)
+    if not backward and forward_context(run, L) == L:
+        return expand(run, prompts, (L + frames, H, W), seeds, clips)
+    return prompts
 
 
 def bridge(
@@ -147,8 +169,7 @@ def bridge(
     known[seen : seen + gap] = False
     if gap:
         ends = None if prompts_end == prompts else prompts_end
-        start = int(a.shape[2] > seen)  # the first frame shown is not the first of the clip
-        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start)
+        made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start=1)
         blank = made[:, :, ~known]
     new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]
     return np.concatenate(new, axis=2)
@@ -346,7 +367,7 @@ def task_of(
         prompts = [args.prompt] * len(seeds)
         ends = prompts if args.then is None else [args.then] * len(seeds)
         if kind == "backward":
-            yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
+            yield np.stack(extend(run, prompts, *given, frames, seeds, True, how, first))
         elif kind == "loop":
             yield np.stack(loop(run, prompts, *given, frames, seeds, how))
         elif kind == "connect":
@@ -371,14 +392,15 @@ def told(
     clips: list[np.ndarray],
 ) -> list[str]:
     """The prompt of the first window as each seed expands it, beside the clip that it goes with, if
-    there is one; says what it became. A caption says how a clip sets out: of a clip that is longer
-    than what is shown of it, or that is to be led to a given ending, it stays as it is."""
-    prompts, L = [args.prompt] * len(seeds), clips[0].shape[1] if clips else 0
-    longer = args.extend and forward_context(run, L) < L
-    if args.no_expand or args.backward or args.loop or args.connect or longer:
+    there is one; says what it became. What lies between two clips is told as it is."""
+    prompts, beside = [args.prompt] * len(seeds), [clips[0]] * len(seeds) if clips else None
+    if args.no_expand or args.loop or args.connect:
         return prompts
-    begun = [clips[0]] * len(seeds) if clips else None
-    first = expand(run, prompts, size, seeds, begun)
+    if args.extend:
+        frames = size[0] - clips[0].shape[1]
+        first = told_beside(run, prompts, beside, frames, seeds, args.backward)
+    else:
+        first = expand(run, prompts, size, seeds, beside)
     for seed, long in zip(seeds, first, strict=True):
         if long != args.prompt:
             print(f"seed {seed}: {long!r}")

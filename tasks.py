@@ -277,7 +277,7 @@ def extend(job: Job, backward: bool) -> None:
 
     def task(prompts, clips, seeds):
         how = job.settings("extend")
-        first = None if backward else job.told(prompts, T, seeds, clips)
+        first = sample.told_beside(job.run, prompts, clips, NEW, seeds, backward)
         return sample.extend(job.run, prompts, clips, NEW, seeds, backward, how, first)
 
     def score(clips):

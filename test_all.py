@@ -1527,8 +1527,7 @@ def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(mov
     short, known = moving.short_captions(index, facts), moving.labelled(index, c.labelled)
     kinds = set()
     for k, i in enumerate(index.tolist()):
-        given, _, start, _ = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)
-        unknown = start or given[-1]  # where things start, to someone who samples
+        unknown = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)[2]  # from later on
         if before[k] is None:
             assert after[k] == f"written of {asked(short[k], size[k].tolist())}"
             assert not known[k] and not unknown
@@ -1554,7 +1553,7 @@ def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
     vae, c = with_random_weights(VAE(VAEConfig(channels=3, width=16))), train.Config()
     words, shown = recaption.make_tokenizer(moving, c.labelled), set()
     source = batches.Source(vae, words, moving)
-    for step in (0, 401, 402):  # an image, then videos
+    for step in (0, 401, 403):  # an image, then videos
         with torch.no_grad():
             (clips, briefs, others), count = train.text_batch(
                 source, replace(c, accumulate=1), step, 0
@@ -1566,13 +1565,31 @@ def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
         dealt = sum((lesson[2] for lessons, _ in parts for lesson in lessons), [])
         assert sorted(dealt) == sorted(texts)
         assert briefs[2] == clips[2][::3] and clips[1] == [] == others[0]
-        for whole, begun, brief, long in zip(clips[0][::3], *briefs, strict=True):
-            assert torch.equal(whole[:, : begun.shape[1]], begun)
+        for whole, some, brief, long in zip(clips[0][::3], *briefs, strict=True):
             size = words.decode(brief).split(":")[0]
             frames = caption_reader.read_caption(words.decode(long))["frames"]
             assert size == f"{frames} x {' x '.join(str(4 * n) for n in whole.shape[2:])}"
-            shown.add(begun.shape[1] / whole.shape[1])
-    assert 1 in shown and min(shown) < 0.5  # all of it, or a beginning
+            n = some.shape[1]
+            blank = int((some == 0).all(3).all(2).all(0).sum())  # before a given ending
+            if torch.equal(whole[:, :n], some):
+                shown.add("all" if n == whole.shape[1] else "beginning")
+            elif n == whole.shape[1] and blank and not some[:, :blank].any():
+                shown.add("ending")
+    assert shown == {"all", "beginning", "ending"}
+
+
+def test_a_given_ending_says_nothing_of_what_came_before_it():
+    vae = with_random_weights(VAE(VAEConfig(channels=3, width=16)))
+    video = torch.rand(2, 1, 17, 16, 16) * 2 - 1
+    other = torch.cat([torch.rand(2, 1, 8, 16, 16), video[:, :, 8:]], dim=2)
+    with torch.no_grad():
+        whole = vae.encode(video)
+        kinds = [train.part_of(vae, x[:1], whole[0], 0.8, 0.5) for x in (video, other)]
+        assert torch.equal(*kinds) and not kinds[0][:, :2].any() and kinds[0][:, 2:].any()
+        still = vae.encode(video[:, :, :1])
+        assert close(train.part_of(vae, video[:1, :, :1], still[0], 0.8, 0.5), still[0])
+    assert torch.equal(train.part_of(vae, video[:1], whole[0], 0.4, 0.5), whole[0])
+    assert torch.equal(train.part_of(vae, video[:1], whole[0], 0.6, 0.5), whole[0, :, :3])
 
 
 def test_only_equal_trainings_are_compared(monkeypatch):
@@ -1718,7 +1735,7 @@ def test_only_the_beginning_of_a_clip_starts_at_time_0(run, monkeypatch):
     assert of(sample.extend, short, 4, [0]) == [0] and of(sample.extend, long, 4, [0]) == [1]
     assert of(sample.extend, short, 20, [0]) == [0, 1]
     assert of(sample.extend, long, 16, [0], backward=True) == [1, 0]
-    assert of(sample.loop, short, 7, [0]) == [0] and of(sample.loop, long, 7, [0]) == [1]
+    assert of(sample.loop, short, 7, [0]) == of(sample.loop, long, 7, [0]) == [1]
 
 
 # ------------------------------------------------------------------------------------------ editing
@@ -1983,7 +2000,8 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
 @pytest.fixture
 def job(network) -> tasks.Job:
     """What the tasks measure, of no run at all: each test brings a stand-in for the model."""
-    run = SimpleNamespace(language=None)  # prompts stay what they are
+    vae = SimpleNamespace(config=VAEConfig())
+    run = SimpleNamespace(language=None, vae=vae, world={"durations": (9, 17)})  # prompts stay
     return tasks.Job(run, world(0.0), network, n=40, seed=0, how={})
 
 
@@ -2234,7 +2252,9 @@ def test_prompts_are_expanded_where_it_is_known_how_a_clip_begins(trained, tmp_p
         ("--edit long.npy", True),
         ("--extend short.npy --no-expand", False),
         ("--extend long.npy", False),  # of which the beginning is not shown
-        ("--extend short.npy --backward", False),
+        ("--extend short.npy --backward --frames 8", True),
+        ("--extend long.npy --backward --frames 8", True),
+        ("--extend short.npy --backward --frames 20", False),  # more than one window
         ("--loop short.npy", False),
         ("--connect short.npy short.npy", False),
     ):

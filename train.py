@@ -64,7 +64,7 @@ from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig, read_lines
 from language import LONGEST, LanguageConfig, LanguageModel
 from loop import STOP, Stage, fit, rank, ranks, read_log, seeded
-from prompting import load_language, to_float
+from prompting import encode_given, load_language, to_float
 from text import Tokenizer
 from vae import VAE, VAEConfig
 
@@ -93,7 +93,7 @@ class Config:
     encodings: int = 1  # times that each clip is encoded: with other given frames each time
     # the world (data.py)
     digit: int = 14  # pixels; a digit's box
-    durations: tuple[int, ...] = (9, 17)  # frames of videos
+    durations: tuple[int, ...] = (9, 25)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
     two_digits: float = 0.5  # share of the clips
@@ -107,7 +107,7 @@ class Config:
     decoder_depth: int = 3
     kl: float = 1e-3
     vae_steps: int = 1000
-    vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
+    vae_batch: int = 6  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
     captions: str = "recaptioned"  # what the transformer learns from: prompts, noisy or recaptioned
@@ -117,8 +117,8 @@ class Config:
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
-    text_steps: int = 1000
-    text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
+    text_steps: int = 950
+    text_batch: int = 12  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
@@ -188,14 +188,27 @@ def vae_batch(
 Lessons = tuple[list, int]  # of each (clips, prompts, captions to write); all their tokens
 
 
+def part_of(vae: VAE, video: Tensor, latent: Tensor, u: float, share: float) -> Tensor:
+    """What is shown of a clip that comes with a short caption: half of the time all, as captions
+    are written; else what users give, its beginning [Z, n, h, w], or its end, with all before it
+    blank. video [1, C, T, H, W], its latent [Z, t, h, w]; u and share uniform in [0, 1)."""
+    T, (Z, t) = video.shape[2], latent.shape[:2]
+    if u < 0.5:
+        return latent
+    if u < 0.75:
+        return latent[:, : 1 + int(share * t)]
+    known = torch.arange(T, device=video.device) >= T - 1 - int(share * (T - 1))
+    return encode_given(vae, video, known[None])[0][0, :Z]
+
+
 def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
-    """Labelled clips of one size, another one each step; a third of them, or their beginnings,
+    """Labelled clips of one size, another one each step; a third of them, or a part of each,
     beside their short captions; and short captions of others, of any sizes. This part of them, and
     how many tokens there are in all parts."""
     world, tokenizer = source.world, source.tokenizer
-    images = step < 0.4 * c.text_steps or step % 4 == 0  # on small images digits are learned sooner
+    images = step < 0.2 * c.text_steps or step % 6 == 0  # on small images digits are learned sooner
     size = world.size([step], images=float(images))[0]
-    count, t = world.as_many(c.text_batch, size), source.vae.grid(*size)[0]
+    count = world.as_many(c.text_batch, size)
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
     others, index = index[: 2 * c.text_batch], index[:count]
     sizes = np.tile(size, (count, 1))
@@ -206,14 +219,14 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     mine = list(range(count))[part]
     video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
     seen = dict(zip(mine, source.vae.encode(video), strict=True))  # [Z, t, h, w] each
-    # Of half of the third all, as captions are written, and else a beginning, which users give.
     again = [k for k in mine if k % 3 == 0]
-    u = np.random.default_rng([c.seed, 10, step]).random(count)
-    shown = np.where(u < 0.5, t, 1 + (2 * (u - 0.5) * t).astype(int))  # [count], latent frames
-    begun = [seen[k][:, : shown[k]] for k in again]
+    u = np.random.default_rng([c.seed, 10, step]).random((count, 2))
+    parts = [
+        part_of(source.vae, video[[j]], seen[k], *u[k]) for j, k in enumerate(mine) if k in again
+    ]
     lessons = [
         (list(seen.values()), [], captions[part]),
-        (begun, [briefs[k] for k in again], [captions[k] for k in again]),
+        (parts, [briefs[k] for k in again], [captions[k] for k in again]),
         ([], told[part], answers[part]),
     ]
     return lessons, tokens
