@@ -93,7 +93,7 @@ class Config:
     encodings: int = 1  # times that each clip is encoded: with other given frames each time
     # the world (data.py)
     digit: int = 14  # pixels; a digit's box
-    durations: tuple[int, ...] = (9, 25)  # frames of videos
+    durations: tuple[int, ...] = (9, 17, 25)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
     two_digits: float = 0.5  # share of the clips
