@@ -169,15 +169,17 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     the captioner wrote (None: it did not yet), and of a share the short ones.
 
     A caption says where things start and what they then do. Of a window from later on nobody knows
-    that when sampling: there the short one stays, too."""
+    that when sampling: there the short one stays, too; and in half of what leads to a given ending,
+    since that is not always one window away."""
     world, facts = source.world, source.world.all_facts(index, size)
     short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
-    stays = data.hashed_uniform(c.seed + 2**34, index, 1)[:, 0] < c.short
-    stays |= c.captions == "noisy"
+    u = data.hashed_uniform(c.seed + 2**34, index, 2)
+    stays = (u[:, 0] < c.short) | (c.captions == "noisy")
     captions, frames = [], world.frames(index).tolist()
     for k, i in enumerate(index.tolist()):
         if not stays[k]:
-            stays[k] = draw_given(source.vae, c, i, size[k].tolist(), frames[k])[2]
+            known, _, start, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
+            stays[k] = start or (known[-1] and u[k, 1] < 0.5)
         if stays[k]:
             captions.append(short[k])
         elif labelled[k] or source.written is None:

@@ -1553,7 +1553,7 @@ def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
     vae, c = with_random_weights(VAE(VAEConfig(channels=3, width=16))), train.Config()
     words, shown = recaption.make_tokenizer(moving, c.labelled), set()
     source = batches.Source(vae, words, moving)
-    for step in (0, 401, 403):  # an image, then videos
+    for step in (0, 401, 403):  # images, then videos
         with torch.no_grad():
             (clips, briefs, others), count = train.text_batch(
                 source, replace(c, accumulate=1), step, 0

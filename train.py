@@ -93,7 +93,7 @@ class Config:
     encodings: int = 1  # times that each clip is encoded: with other given frames each time
     # the world (data.py)
     digit: int = 14  # pixels; a digit's box
-    durations: tuple[int, ...] = (9, 17, 25)  # frames of videos
+    durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
     image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
     two_digits: float = 0.5  # share of the clips
@@ -107,7 +107,7 @@ class Config:
     decoder_depth: int = 3
     kl: float = 1e-3
     vae_steps: int = 1000
-    vae_batch: int = 6  # clips a step, on all processes, of the largest size; more of smaller ones
+    vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (recaption.py, language.py)
     captions: str = "recaptioned"  # what the transformer learns from: prompts, noisy or recaptioned
@@ -117,8 +117,8 @@ class Config:
     text_width: int = 128
     text_depth: int = 3
     text_heads: int = 4
-    text_steps: int = 950
-    text_batch: int = 12  # clips a step, of the largest size; more of smaller ones
+    text_steps: int = 1000
+    text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
     patch: int = 2  # latents; the side of a patch
@@ -206,7 +206,7 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     beside their short captions; and short captions of others, of any sizes. This part of them, and
     how many tokens there are in all parts."""
     world, tokenizer = source.world, source.tokenizer
-    images = step < 0.2 * c.text_steps or step % 6 == 0  # on small images digits are learned sooner
+    images = step < 0.25 * c.text_steps or step % 5 == 0  # small images teach digits sooner
     size = world.size([step], images=float(images))[0]
     count = world.as_many(c.text_batch, size)
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
