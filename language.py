@@ -229,7 +229,7 @@ class LanguageModel(nn.Module):
         written, done = [], torch.zeros_like(token, dtype=torch.bool)
         for k in range(most):
             x, position = self.words(token)[:, None], text_positions(prefix.after, k, 1)
-            mask = prefix_mask(prefix.real, k + 1)[:, -1:]  # [B, 1, n + k + 1]
+            mask = F.pad(prefix.real, (0, k + 1), value=True)[:, None]  # [B, 1, n + k + 1]
             h = self.run(x, position, mask, cache, n + k)  # [B, 1, d]
             token = pick(self.say(h[:, 0]).float())
             done |= token == END
