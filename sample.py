@@ -169,6 +169,7 @@ def bridge(
     known[seen : seen + gap] = False
     if gap:
         ends = None if prompts_end == prompts else prompts_end
+        # In training, too, what lies between two ends is from later on, and has its short prompt.
         made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start=1)
         blank = made[:, :, ~known]
     new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]

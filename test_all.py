@@ -1999,9 +1999,10 @@ def test_an_interrupted_run_leaves_a_playable_file(folder, tmp_path):
 
 @pytest.fixture
 def job(network) -> tasks.Job:
-    """What the tasks measure, of no run at all: each test brings a stand-in for the model."""
+    """What the tasks measure, of no run at all: each test brings a stand-in for the model, and
+    prompts stay what they are."""
     vae = SimpleNamespace(config=VAEConfig())
-    run = SimpleNamespace(language=None, vae=vae, world={"durations": (9, 17)})  # prompts stay
+    run = SimpleNamespace(language=None, vae=vae, world={"durations": (9, 17)})
     return tasks.Job(run, world(0.0), network, n=40, seed=0, how={})
 
 
