@@ -39,7 +39,7 @@ from vae import VAE
 
 HELD_BACK = 10**6  # a step whose clips are only measured on
 FARTHEST = 6  # latent frames; how much later than its clip a window may begin
-MOST_NOISE = 0.5  # the highest level of a window's past; see `prompting.CONTEXT`
+MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.CONTEXT`
 
 
 @dataclass
@@ -62,11 +62,11 @@ def draw_known(T: int, u: np.ndarray) -> np.ndarray:
     some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
     if kind < 0.3:  # animate an image
         known[0] = True
-    if 0.3 <= kind < 0.5 or 0.7 <= kind < 0.9:  # extend; with the next: connect
+    if 0.3 <= kind < 0.42 or 0.72 <= kind < 0.92:  # extend; with the next: connect
         known[: 1 + some[0]] = True
-    if 0.5 <= kind < 0.9:  # extend backward
+    if 0.42 <= kind < 0.92:  # extend backward, which is learned more slowly
         known[T - 1 - some[1] :] = True
-    if kind >= 0.9:  # any frames
+    if kind >= 0.92:  # any frames
         known = u[3:] < u[1]
     return known & (not known.all())
 
@@ -168,24 +168,23 @@ def captions_of(source: Source, c, index: np.ndarray, size: np.ndarray) -> list[
     """Of clips of the world [n] of sizes [n, 3] the descriptive captions that are known, those that
     the captioner wrote (None: it did not yet), and of a share the short ones.
 
-    A caption says where things start and what they then do. Of a window from later on nobody knows
-    that when sampling: there the short one stays, too; and in half of what leads to a given ending,
-    since that is not always one window away."""
+    A caption says where things start and what they then do. Of a window from later on, or one that
+    leads to a given ending, nobody knows that when sampling: it is told what stays true."""
     world, facts = source.world, source.world.all_facts(index, size)
     short, labelled = world.short_captions(index, facts), world.labelled(index, c.labelled)
-    u = data.hashed_uniform(c.seed + 2**34, index, 2)
-    stays = (u[:, 0] < c.short) | (c.captions == "noisy")
+    stays = data.hashed_uniform(c.seed + 2**34, index, 1)[:, 0] < c.short
     captions, frames = [], world.frames(index).tolist()
     for k, i in enumerate(index.tolist()):
-        if not stays[k]:
-            known, _, start, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
-            stays[k] = start or (known[-1] and u[k, 1] < 0.5)
-        if stays[k]:
+        if stays[k] or c.captions == "noisy":
             captions.append(short[k])
-        elif labelled[k] or source.written is None:
-            captions.append(data.descriptive_caption(facts[k]))
+            continue
+        if labelled[k] or source.written is None:
+            said = data.descriptive_caption(facts[k])
         else:
-            captions.append(source.written.get(recaption.name_of(world, i, size[k])))
+            said = source.written.get(recaption.name_of(world, i, size[k]))
+        known, _, start, _ = draw_given(source.vae, c, i, size[k].tolist(), frames[k])
+        lasts = said is not None and (start or known[-1])
+        captions.append(data.lasting_caption(said) if lasts else said)
     return captions
 
 

@@ -21,6 +21,7 @@ Alphabet: T frames of H x W pixels; a clip is [C, T, H, W], uint8 here, with C =
 Run `python data.py` for a contact sheet of clips with their captions.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,6 +200,16 @@ class World:
         folded = straight % np.maximum(2 * room, 1)  # one period there and back
         return np.minimum(folded, 2 * room - folded)
 
+    def later(self, facts, size, frames):
+        """The facts of the same clips, from `frames` [n] later on."""
+        room = np.asarray(size)[:, None, 1:] - self.config.digit  # [n, 1, 2]
+        start, velocity = facts["start"], facts["velocity"]  # [n, 2, 2]
+        there = start + velocity * np.asarray(frames)[:, None, None]
+        there = there % np.maximum(2 * room, 1)  # where it would be without walls, see `path`
+        back = (there > room) | (there == room) & (velocity > 0) | (there == 0) & (velocity < 0)
+        place = np.minimum(there, 2 * room - there)
+        return facts | {"start": place, "velocity": np.where(back & (room > 0), -1, 1) * velocity}
+
     def clips(self, index, size=None):
         """Render clips: a list of [1, T, H, W] uint8 arrays, and a list of their facts.
 
@@ -260,9 +271,11 @@ class World:
     def close(self):
         """There is nothing to end."""
 
-    def all_facts(self, index, size):
-        """The facts of clips, in words, without rendering them: a list of what `describe` makes."""
-        return self.describe_all(self.facts(index, size), size)
+    def all_facts(self, index, size, later=0):
+        """The facts of clips, or of what is seen `later` frames [n] on in longer ones, in words,
+        without rendering them: a list of what `describe` makes."""
+        facts = self.facts(index, size)
+        return self.describe_all(self.later(facts, size, np.broadcast_to(later, len(size))), size)
 
     def labelled(self, index, share):
         """For which clips, a share of all, somebody wrote the descriptive caption: bool [n]."""
@@ -393,6 +406,21 @@ def descriptive_caption(facts):
         sentences.append(text + ".")
     length = "an image." if still else f"{facts['frames']} frames."
     return " ".join(sentences + [length])
+
+
+def lasting_caption(said):
+    """What a descriptive caption says that stays true, however long the clip goes on: the digit,
+    whether it moves across or up and down, its speed. Other texts stay what they are.
+
+        "a 7 at top left moving right fast, 1 bounce. 17 frames."  ->  "a 7 moving across fast."
+    """
+    axis = {way: "upright" if rows else "across" for way, (rows, _) in DIRECTIONS.items()}
+    lasting, moving = re.subn(
+        r" at \w+ \w+ moving (left|right|up|down) (\w+), \d+ bounces?\.",
+        lambda found: f" moving {axis[found[1]]} {found[2]}.",
+        said,
+    )
+    return re.sub(r" \d+ frames\.$", "", lasting) if moving else said
 
 
 # --------------------------------------------------------------------------------------------- demo

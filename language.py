@@ -7,17 +7,19 @@ The idea (the report's "language understanding", after Betker et al. 2023, DALL-
 *captioner* on the few clips with good captions, let it caption all the others, and train the video
 model on those. Then, since it now wants long captions, train an *expander* that turns a short
 prompt into one. Both write the same sort of text from something else: one *prefix language model*
-(Raffel et al. 2019, T5, section 3.2.1), used three times.
+(Raffel et al. 2019, T5, section 3.2.1), used for all of it.
 
     prefix                                        written, a token at a time
     a clip's latent patches [n, p p Z]            END a 7 at top left moving left ...   END
     "17 x 32 x 32: a 7 moving left"               END a 7 at top left moving left ...   END
     patches, "17 x 32 x 32: a 7 moving left"      END a 7 at top left moving left ...   END
+    patches, "17 x 32 x 32, later: a 7 ... left"  END a 7 at middle left moving right   END
 
 The third is for a clip that came with a few words. They lack most of what is seen, but what they do
 say is true, where a captioner can mistake a 4 for a 9: the two together are better than either (as
-in CapsFusion, Yu et al. 2023). Where the patches are but the beginning of a clip, or its end, it is
-also the expander of a prompt that comes with an image or a clip to go on from.
+in CapsFusion, Yu et al. 2023). Where the patches are but the beginning of a clip, it is
+also the expander of a prompt that comes with an image or a clip to go on from. The fourth is for
+a window from the middle of a clip, whose prompt says how that clip set out.
 
 Everything in the prefix sees everything in it; a token that is written sees the prefix and what was
 written before it. As a mask, for a prefix of 3 and a text of 4:
@@ -318,11 +320,12 @@ class Language:
         size: tuple[int, int, int],
         seeds: list[int],
         part: list[Tensor] | None = None,
+        later: bool = False,
     ) -> list[str]:
         """Short prompts as descriptive captions of a clip of `size` (T, H, W), what is not said
-        drawn by chance, a chance of its own for each seed; part: of each clip what is given of its
-        latents, of a trained size, the first [Z, n, h, w], or all with those blank that lead to a
-        given ending. What is descriptive stays, and so does the empty prompt."""
+        drawn by chance, a chance of its own for each seed; part: the first latents of each clip
+        [Z, n, h, w], of a trained size, if they are given; later: see `asked`. What is descriptive
+        stays, and so does the empty prompt."""
         which = [k for k, prompt in enumerate(prompts) if is_short(prompt)]
         if not which:
             return list(prompts)
@@ -333,7 +336,7 @@ class Language:
             u = torch.stack([torch.rand((), generator=g) for g in random])
             return likely(logits, 0.25, u.to(logits.device))
 
-        heard = [self.tokenizer.encode(asked(prompts[k], size)) for k in which]
+        heard = [self.tokenizer.encode(asked(prompts[k], size, later)) for k in which]
         seen = [part[k] for k in which] if part else []
         expanded = list(prompts)
         for k, ids in zip(
@@ -356,9 +359,11 @@ def is_short(prompt: str) -> bool:
     return bool(prompt.strip()) and "." not in prompt.strip().rstrip(".")
 
 
-def asked(prompt: str, size: tuple[int, int, int]) -> str:
-    """What the expander is told. The size goes along: it decides which walls are reached."""
-    return f"{' x '.join(map(str, size))}: {prompt.strip().rstrip('.')}"
+def asked(prompt: str, size: tuple[int, int, int], later: bool = False) -> str:
+    """What the expander is told. The size goes along: it decides which walls are reached. later:
+    the prompt says how a clip sets out, and what is shown is a window from later on, of which it is
+    to write how *that* sets out: "left" may have become "right"."""
+    return f"{' x '.join(map(str, size))}{', later' * later}: {prompt.strip().rstrip('.')}"
 
 
 # ------------------------------------------------------------------------------------------- demo

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import data
 import diffusion
 import patches
 from dit import DiT, DiTConfig
@@ -78,27 +79,43 @@ def expand(
     size: tuple[int, int, int],
     seeds: list[int],
     clips: list[np.ndarray] | None = None,
-    ending: bool = False,
 ) -> list[str]:
     """Short prompts as the descriptive captions that the DiT was trained on, if it was. clips
-    uint8 [C, L, H, W], of one size: what a clip of each prompt begins or, in one window, ends with,
-    if that is given; its caption then says what is seen there."""
+    uint8 [C, L, H, W], of one size: what a clip of each prompt begins with, if that is given; its
+    caption then says what is seen there."""
     if not run.language:
         return list(prompts)
-    part, largest = None, max(map(max, run.world["shapes"]))
-    if clips is not None and max(clips[0].shape[2:]) <= largest:  # larger: it cannot read that
-        ft, most = run.vae.config.time_factor, max(run.world["durations"])
-        if ending:  # all before it is blank: [Z, t, h, w] each
-            missing = size[0] - clips[0].shape[1] + -(size[0] - 1) % ft  # it ends a latent
-            video = np.pad(np.stack(clips), ((0, 0), (0, 0), (missing, 0), (0, 0), (0, 0)))
-            known = (torch.arange(video.shape[2]) >= missing).expand(len(video), -1)
-            given, _ = encode_given(run.vae, to_float(video).to(run.device), known.to(run.device))
-            part = list(given[:, : run.vae.config.channels])
-        else:  # as much as fills latents: [Z, n, h, w] each
-            whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft
-            video = to_float([clip[:, :whole] for clip in clips]).to(run.device)
-            part = list(run.vae.encode(video))
+    part = None if clips is None else read_part(run, clips)
     return run.language.expand(prompts, size, seeds, part)
+
+
+def expand_lasting(
+    run: Run,
+    prompts: list[str],
+    seeds: list[int],
+    clips: list[np.ndarray],
+    backward: bool = False,
+) -> list[str]:
+    """Short prompts as what stays true of a clip (`data.lasting_caption`), of which clips uint8
+    [C, L, H, W] show the last frames or, backward, the first: for windows beside these, whose own
+    beginning nobody knows."""
+    ft, L = run.vae.config.time_factor, min(clips[0].shape[1], max(run.world["durations"]))
+    L = 1 + (L - 1) // ft * ft  # frames that fill latents
+    part = read_part(run, [clip[:, :L] if backward else clip[:, -L:] for clip in clips])
+    if part is not None:
+        size = max(2, L), *clips[0].shape[2:]  # also an image is of a clip that moves
+        prompts = run.language.expand(prompts, size, seeds, part, later=True)
+    return list(map(data.lasting_caption, prompts))
+
+
+def read_part(run: Run, clips: list[np.ndarray]) -> list[Tensor] | None:
+    """What its language model sees of clips: latents [Z, n, h, w], of as many of the first frames
+    as fill them. None where it has none, or they are larger than what that has learned to read."""
+    if not run.language or max(clips[0].shape[2:]) > max(map(max, run.world["shapes"])):
+        return None
+    ft, most = run.vae.config.time_factor, max(run.world["durations"])
+    whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft
+    return list(run.vae.encode(to_float([clip[:, :whole] for clip in clips]).to(run.device)))
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
@@ -437,7 +454,6 @@ def roll(
     source: Tensor | None = None,
     strength: float = 1.0,
     start: int = 0,
-    first: list[str] | None = None,
 ) -> Iterator[Tensor]:
     """Latents of any duration, a window at a time: yields [N, Z, n, h, w], t in all.
 
@@ -445,8 +461,8 @@ def roll(
     `fill`. Each later one begins with the last latents of the one before, a little noisy
     (`noisy_context`), and counts time from its own start, so that no position is ever new. All
     stays in latents: decoding and encoding again at each seam would add up. source [N, Z, t, h, w]:
-    start from this noised to `strength` (SDEdit). first: the prompts of the first window, if they
-    are others, and if it is the beginning of the clip (see `expand`).
+    start from this, noised to where the last `strength` of all steps begin (SDEdit). A descriptive
+    prompt says how the first window sets out, and of it the others are told what stays true.
     """
     window = trained_window(run)
     keep, made, context = window // 2, 0, None
@@ -455,6 +471,9 @@ def roll(
         t = min(window, grid[0] - made + old)
         eps = noise_for(run, generators, (t, *grid[1:]))
         level = torch.full((t,), strength, device=run.device)
+        if strength < 1:  # of the schedule, so that it hides as much at every size
+            ratio = token_ratio(run, (t, *grid[1:])) * run.config["shift"]
+            level = diffusion.shift_level(level, ratio)
         held, given, x = torch.zeros_like(level, dtype=torch.bool), None, eps
         if source is not None:
             part = source[:, :, made - old : made - old + t]
@@ -469,9 +488,8 @@ def roll(
             x = torch.where(held[:, None, None], noisy, x)
         elif begin is not None:
             x, given, level, held = show_given(run, begin, np.ones(begin.shape[2], bool), x)
-        told = first if first and not start else prompts
-        x = denoise_window(run, told, x, level, held, how, generators, given, start)
-        start = 1
+        x = denoise_window(run, prompts, x, level, held, how, generators, given, start)
+        start, prompts = 1, list(map(data.lasting_caption, prompts))
         context, made = x[:, :, -keep:], made + t - old
         yield x[:, :, old:]
 
@@ -485,11 +503,10 @@ def stream(
     begin: np.ndarray | None = None,
     source: np.ndarray | None = None,
     strength: float = 1.0,
-    first: list[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Clips of any duration, as they are made: yields uint8 [N, C, n, H, W], T frames in all, in
     memory that does not grow. begin, uint8 [N, C, L, H, W]: the first L of them; source: what to
-    edit; first: as in `roll`.
+    edit.
     """
     T, H, W = size
     L = 0 if begin is None else begin.shape[2]
@@ -506,7 +523,7 @@ def stream(
         video = np.pad(source, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)), "edge")
         latent = run.vae.encode(to_float(video).to(run.device))
     begin, start = begin[:, :, L - seen :] if L else None, int(L > seen)
-    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start, first)
+    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start)
     for video in run.vae.decode_stream(parts):
         made = to_uint8(video)[:, :, seen:][:, :, :left]
         seen, left = max(0, seen - video.shape[2]), left - made.shape[2]

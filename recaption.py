@@ -47,8 +47,10 @@ def make_tokenizer(world: data.World, share: float, size: int = 512) -> Tokenize
     facts = world.all_facts(index, sizes)
     captions = [data.descriptive_caption(fact) for fact in facts]
     short = world.short_captions(index, facts) + [data.short_caption(fact) for fact in facts]
-    told = [asked("", size) for size in np.unique(sizes, axis=0).tolist()]
-    return Tokenizer.from_captions(captions + short + told * 10, size)
+    kinds = np.unique(sizes, axis=0).tolist()
+    told = [asked("", size, later) for size in kinds for later in (False, True)]
+    lasting = list(map(data.lasting_caption, captions))
+    return Tokenizer.from_captions(captions + short + lasting + told * 10, size)
 
 
 def labelled_clips(world: data.World, batch: int, count: int, share: float) -> np.ndarray:
@@ -59,12 +61,24 @@ def labelled_clips(world: data.World, batch: int, count: int, share: float) -> n
 
 
 def told_and_written(
-    world: data.World, tokenizer: Tokenizer, index: np.ndarray, sizes: np.ndarray
+    world: data.World,
+    tokenizer: Tokenizer,
+    index: np.ndarray,
+    sizes: np.ndarray,
+    later: np.ndarray | int = 0,
+    other: np.ndarray | tuple = (),
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """What the language model is told of clips [n] of sizes [n, 3], and what it should write."""
-    facts = world.all_facts(index, sizes)
-    told = map(asked, world.short_captions(index, facts), sizes.tolist())
-    answers = map(data.descriptive_caption, facts)
+    """What the language model is told of clips [n] of sizes [n, 3], and what it should write where
+    it sees them `later` frames [n] on. other [n]: where it is not 0, another digit is asked for
+    than is seen, as in an edit, and what is asked for is to be written."""
+    facts, written = world.all_facts(index, sizes), world.all_facts(index, sizes, later)
+    short = world.short_captions(index, facts)
+    for k in np.flatnonzero(other):
+        for digit in facts[k]["digits"] + written[k]["digits"]:
+            digit["digit"] = (digit["digit"] + int(other[k])) % 10
+        short[k] = data.short_caption(facts[k])
+    told = map(asked, short, sizes.tolist(), (np.broadcast_to(later, len(index)) > 0).tolist())
+    answers = map(data.descriptive_caption, written)
     return [tokenizer.encode(x) for x in told], [tokenizer.encode(x) for x in answers]
 
 

@@ -63,6 +63,7 @@ from prompting import (
 from prompting import bf16 as bf16
 from prompting import encode_given as encode_given
 from prompting import expand as expand
+from prompting import expand_lasting as expand_lasting
 from prompting import generate as generate
 from prompting import load_vae as load_vae
 from prompting import noisy_context as noisy_context
@@ -73,7 +74,7 @@ from weights import newest_run
 # ------------------------------------------------------------------------------------- the tasks
 #
 # All take lists: N prompts, N seeds, and N clips uint8 [C, T, H, W] of one size; and give N clips.
-# first: the prompts of the first window, where they are others: what `expand` makes of them.
+# Prompts are taken as they are: `told`, further down, is what makes them longer before that.
 
 
 def animate(
@@ -83,10 +84,9 @@ def animate(
     frames: int,
     seeds: list[int],
     how: Settings = SETTINGS["image"],
-    first: list[str] | None = None,
 ) -> list[np.ndarray]:
     """Images [C, 1, H, W] that move: `frames` in all, of which the image is the first."""
-    return extend(run, prompts, images, frames - 1, seeds, how=how, first=first)
+    return extend(run, prompts, images, frames - 1, seeds, how=how)
 
 
 def extend(
@@ -97,14 +97,12 @@ def extend(
     seeds: list[int],
     backward: bool = False,
     how: Settings = SETTINGS["extend"],
-    first: list[str] | None = None,
 ) -> list[np.ndarray]:
-    """Clips that go on for `frames` more, or begin as many earlier. Any lengths. first: what
-    `told_beside` makes of the prompts."""
+    """Clips that go on for `frames` more, or begin as many earlier. Any lengths."""
     video, part = np.stack(clips), 0
     if not backward:
         size = (video.shape[2] + frames, *video.shape[3:])
-        parts = stream(run, prompts, size, seeds, how, video, first=first)
+        parts = stream(run, prompts, size, seeds, how, video)
         return list(np.concatenate(list(parts), axis=2))
     while frames > 0:  # window by window into the past. Latents can't: theirs would come first
         seen = backward_context(run, video.shape[2])
@@ -114,8 +112,7 @@ def extend(
         blank = np.zeros_like(video[:, :, :1]).repeat(more + new, axis=2)
         window = np.concatenate([blank, video[:, :, :seen]], axis=2)
         start = int(frames > new)  # more will come before it
-        words = prompts if start else first or prompts
-        made = fill(run, words, window, known, seeded(seeds, part), how, start=start)
+        made = fill(run, prompts, window, known, seeded(seeds, part), how, start=start)
         made = made[:, :, more : more + new]
         video, frames, part = np.concatenate([made, video], axis=2), frames - new, part + 1
     return list(video)
@@ -129,16 +126,12 @@ def told_beside(
     seeds: list[int],
     backward: bool = False,
 ) -> list[str]:
-    """Prompts of clips that are to be extended, expanded beside what is shown of them. A caption
-    says how a clip sets out: where its first window is not all known from there, they stay."""
+    """Prompts of clips that are to be extended, expanded beside them. A caption says how a clip
+    sets out: where the first window does not begin with the clip, only what stays true is said."""
     L, (H, W) = clips[0].shape[1], clips[0].shape[2:]
-    if backward and frames <= room(run, L, "backward"):
-        seen = backward_context(run, L)
-        part = [clip[:, :seen] for clip in clips]
-        return expand(run, prompts, (seen + frames, H, W), seeds, part, ending=True)
-    if not backward and forward_context(run, L) == L:
-        return expand(run, prompts, (L + frames, H, W), seeds, clips)
-    return prompts
+    if backward or forward_context(run, L) < L:
+        return expand_lasting(run, prompts, seeds, clips, backward)
+    return expand(run, prompts, (L + frames, H, W), seeds, clips)
 
 
 def bridge(
@@ -212,16 +205,15 @@ def edit(
     strength: float,
     seeds: list[int],
     how: Settings = SETTINGS["edit"],
-    first: list[str] | None = None,
 ) -> list[np.ndarray]:
-    """SDEdit (Meng et al. 2021): noise a clip to level `strength` and make it clean again with
-    another prompt. What the noise leaves stays: 0 gives the clip back, bit for bit; 1 ignores
-    it."""
+    """SDEdit (Meng et al. 2021): noise a clip, and make it clean again with another prompt. What
+    the noise leaves stays. strength: the share of a sampler's way from noise to clean that is gone
+    again, as in diffusers: 0 gives the clip back, bit for bit; 1 ignores it."""
     video = np.stack(clips)
     if strength == 0:
         return list(video)
     size = video.shape[2:]
-    parts = stream(run, prompts, size, seeds, how, None, video, strength, first)
+    parts = stream(run, prompts, size, seeds, how, None, video, strength)
     return list(np.concatenate(list(parts), axis=2))
 
 
@@ -338,8 +330,8 @@ def read_given(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
 
 def task_of(
     run: Run, args: argparse.Namespace, clips: list[np.ndarray]
-) -> tuple[tuple[int, int, int], Callable[[list, list], Iterator[np.ndarray]]]:
-    """The size (T, H, W) of what is asked for, and what makes it: prompts of the first window,
+) -> tuple[tuple[int, int, int], Callable[[list, list, list], Iterator[np.ndarray]]]:
+    """The size (T, H, W) of what is asked for, and what makes it: prompts, those that it ends with,
     seeds -> uint8 [N, C, n, H, W] ..."""
     task = next((name for name in SETTINGS if getattr(args, name, None)), "new")
     how = SETTINGS[task]
@@ -363,12 +355,10 @@ def task_of(
             f"{T} x {H} x {W}: too large to be made in memory; text and --extend stream to .mp4"
         )
 
-    def make(first: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
+    def make(prompts: list[str], ends: list[str], seeds: list[int]) -> Iterator[np.ndarray]:
         given = [[clip] * len(seeds) for clip in clips]
-        prompts = [args.prompt] * len(seeds)
-        ends = prompts if args.then is None else [args.then] * len(seeds)
         if kind == "backward":
-            yield np.stack(extend(run, prompts, *given, frames, seeds, True, how, first))
+            yield np.stack(extend(run, prompts, *given, frames, seeds, True, how))
         elif kind == "loop":
             yield np.stack(loop(run, prompts, *given, frames, seeds, how))
         elif kind == "connect":
@@ -380,7 +370,7 @@ def task_of(
             source, begin = (video, None) if args.edit else (None, video)
             strength = 0.6 if args.strength is None else args.strength
             strength = strength if args.edit else 1.0
-            yield from stream(run, prompts, (T, H, W), seeds, how, begin, source, strength, first)
+            yield from stream(run, prompts, (T, H, W), seeds, how, begin, source, strength)
 
     return (T, H, W), make
 
@@ -391,21 +381,28 @@ def told(
     size: tuple[int, int, int],
     seeds: list[int],
     clips: list[np.ndarray],
-) -> list[str]:
-    """The prompt of the first window as each seed expands it, beside the clip that it goes with, if
-    there is one; says what it became. What lies between two clips is told as it is."""
-    prompts, beside = [args.prompt] * len(seeds), [clips[0]] * len(seeds) if clips else None
-    if args.no_expand or args.loop or args.connect:
-        return prompts
-    if args.extend:
+) -> tuple[list[str], list[str]]:
+    """The prompt, and the one that the clip ends with, as each seed expands them, beside the clips
+    that they go with, if there are any; says what they became."""
+    prompts, given = [args.prompt] * len(seeds), [[clip] * len(seeds) for clip in clips]
+    ends = prompts if args.then is None else [args.then] * len(seeds)
+    if args.no_expand:
+        return prompts, ends
+    if args.connect:
+        first = expand_lasting(run, prompts, seeds, given[0])
+        last = expand_lasting(run, ends, seeds, given[1], backward=True)
+    elif args.loop:
+        first = last = expand_lasting(run, prompts, seeds, given[0])
+    elif args.extend:
         frames = size[0] - clips[0].shape[1]
-        first = told_beside(run, prompts, beside, frames, seeds, args.backward)
+        first = last = told_beside(run, prompts, given[0], frames, seeds, args.backward)
     else:
-        first = expand(run, prompts, size, seeds, beside)
-    for seed, long in zip(seeds, first, strict=True):
-        if long != args.prompt:
-            print(f"seed {seed}: {long!r}")
-    return first
+        first = last = expand(run, prompts, size, seeds, given[0] if clips else None)
+    for seed, *said in zip(seeds, first, last, strict=True):
+        said = [x for x in dict.fromkeys(said) if x not in (args.prompt, args.then)]
+        if said:
+            print(f"seed {seed}: {', then '.join(map(repr, said))}")
+    return first, last
 
 
 def main(args: argparse.Namespace) -> None:
@@ -417,7 +414,7 @@ def main(args: argparse.Namespace) -> None:
     clips = read_given(run, args)
     (T, H, W), make = task_of(run, args, clips)
     seeds = list(range(args.seed, args.seed + args.count))
-    first = told(run, args, (T, H, W), seeds, clips)
+    prompts, ends = told(run, args, (T, H, W), seeds, clips)
     out, at_once = Path(args.out), 16
     names = [out] if args.count == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
     shown = np.linspace(0, T - 1, min(9, T)).round().astype(int)  # on the contact sheet
@@ -429,7 +426,7 @@ def main(args: argparse.Namespace) -> None:
             with ExitStack() as files:
                 few = names[k : k + at_once]
                 writers = [files.enter_context(Writer(n, args.fps, args.scale)) for n in few]
-                for chunk in make(first[k : k + at_once], seeds[k : k + at_once]):
+                for chunk in make(*(x[k : k + at_once] for x in (prompts, ends, seeds))):
                     here = shown[(shown >= done) & (shown < done + chunk.shape[2])] - done
                     for j, clip in enumerate(chunk):
                         writers[j].write(clip)

@@ -249,8 +249,8 @@ def image_to_video(job: Job) -> None:
     images = [clip[:, :1] for clip in real.clips]
 
     def task(prompts, images, seeds):
-        first = job.told(prompts, T, seeds, images)
-        return sample.animate(job.run, prompts, images, T, seeds, job.settings("image"), first)
+        prompts = job.told(prompts, T, seeds, images)
+        return sample.animate(job.run, prompts, images, T, seeds, job.settings("image"))
 
     def score(clips):
         ways = [reader.heading(track) for track in tracks_of(clips)]
@@ -277,8 +277,8 @@ def extend(job: Job, backward: bool) -> None:
 
     def task(prompts, clips, seeds):
         how = job.settings("extend")
-        first = sample.told_beside(job.run, prompts, clips, NEW, seeds, backward)
-        return sample.extend(job.run, prompts, clips, NEW, seeds, backward, how, first)
+        prompts = sample.told_beside(job.run, prompts, clips, NEW, seeds, backward)
+        return sample.extend(job.run, prompts, clips, NEW, seeds, backward, how)
 
     def score(clips):
         tracks, named = tracks_of(clips), job.named(clips, [new[0], new[NEW // 2], new[-1]])
@@ -305,6 +305,7 @@ def loop(job: Job) -> None:
     truth = true_track(real, np.arange(len(real.path[0])) < L)
 
     def task(prompts, clips, seeds):
+        prompts = sample.expand_lasting(job.run, prompts, seeds, clips)
         return sample.loop(job.run, prompts, clips, new, seeds, how=job.settings("loop"))
 
     def score(clips):
@@ -337,6 +338,8 @@ def connect(job: Job) -> None:
         ways.append(f"{data.article(digit)} {digit} moving {way}")
 
     def task(prompts, before, after, ends, seeds):
+        prompts = sample.expand_lasting(job.run, prompts, seeds, before)
+        ends = sample.expand_lasting(job.run, ends, seeds, after, backward=True)
         return sample.connect(
             job.run, prompts, before, after, new, seeds, ends, how=job.settings("connect")
         )
@@ -377,8 +380,8 @@ def edit(job: Job) -> None:
     for strength in STRENGTHS:
 
         def task(prompts, clips, seeds, strength=strength):
-            first, how = job.told(prompts, T, seeds, clips), job.settings("edit")
-            return sample.edit(job.run, prompts, clips, strength, seeds, how, first)
+            prompts, how = job.told(prompts, T, seeds, clips), job.settings("edit")
+            return sample.edit(job.run, prompts, clips, strength, seeds, how)
 
         title = f"edit at {strength}"
         made = job.make(title, task, real.prompts, old.clips)
@@ -391,8 +394,8 @@ def minute(job: Job, n: int) -> None:
     real = choose(job.world, n, size, lambda path: np.ones(len(path), bool))
 
     def task(prompts, seeds):
-        first = job.told(prompts, MINUTE, seeds)
-        parts = sample.stream(job.run, prompts, size, seeds, job.settings("new"), first=first)
+        prompts = job.told(prompts, MINUTE, seeds)
+        parts = sample.stream(job.run, prompts, size, seeds, job.settings("new"))
         chunks = []
         with tqdm(total=MINUTE, desc="a minute", unit="frame", leave=False) as bar:
             for chunk in parts:

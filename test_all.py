@@ -6,6 +6,7 @@ python -m pytest -q -k packed        # what has this word in its name
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -828,6 +829,13 @@ def test_digits_bounce_as_in_a_simulation_step_by_step(moving, extra):
             ]
             assert path[k, :, j].T.tolist() == [walk[0] for walk in walks]
             assert described[k]["digits"][j]["bounces"] == sum(walk[1] for walk in walks)
+    # From later on, it is a clip that sets out from there.
+    frames = np.arange(n) % 20
+    later = moving.later(facts, size, frames)
+    ways = moving.path(later, size, 21)
+    assert all(np.array_equal(ways[k], path[k, t : t + 21]) for k, t in enumerate(frames))
+    assert moving.describe_all(later, size) == moving.all_facts(np.arange(n), size, frames)
+    assert moving.all_facts(np.arange(n), size, 0) == described
     assert path.min() >= 0 and (path <= size[:, None, None, 1:] - d).all()
 
 
@@ -1460,6 +1468,20 @@ def test_wrong_captions_lose_what_is_wrong_and_no_more():
         assert not caption_reader.is_kept(caption_reader.read_prompt(other), want)
 
 
+def test_what_lasts_is_true_of_a_clip_from_any_frame_on(moving):
+    said = "a 7 at top left moving left slowly, 1 bounce. an 8 at top right moving up fast, "
+    lasting = "a 7 moving across slowly. an 8 moving upright fast."
+    assert data.lasting_caption(said + "2 bounces. 17 frames.") == lasting
+    for other in (lasting, "a 7 moving left", "", "a 7 at top left. an image.", "a cat. at home."):
+        assert data.lasting_caption(other) == other
+    index = np.arange(200)
+    size = moving.size(index, images=0.0)
+    captions = [map(data.descriptive_caption, moving.all_facts(index, size, k)) for k in (0, 9, 30)]
+    kinds = [[sorted(data.lasting_caption(x).split(". ")) for x in said] for said in captions]
+    one = [k for k, parts in enumerate(kinds[0]) if len(parts) == 1]  # order may change of two
+    assert len(one) > 50 and len({str([of[k] for k in one]) for of in kinds}) == 1
+
+
 def test_short_prompts_are_expanded_and_others_left_alone(speaker):
     words = Tokenizer([f" w{k}" for k in range(300 - text.SPECIALS)])
     world = {"durations": (9, 17), "shapes": ((32, 32), (24, 40)), "image_shapes": ((16, 16),)}
@@ -1469,6 +1491,7 @@ def test_short_prompts_are_expanded_and_others_left_alone(speaker):
     assert told[1:3] == prompts[1:3] and told[0] != "a 7" and told[3] != "a 7."
     assert language.expand(["a 7"], (17, 32, 32), [3]) == told[:1]  # alone: the same
     assert language.expand(["a 7"], (17, 32, 32), [6]) == told[3:]
+    assert language.expand(prompts, (17, 32, 32), [3, 4, 5, 6], later=True)[0] != told[0]
     near = {(600, 33, 40): (17, 32, 32), (2, 20, 44): (9, 24, 40), (1, 8, 20): (1, 16, 16)}
     assert {size: language.nearest_size(*size) for size in near} == near
 
@@ -1498,15 +1521,16 @@ def test_given_frames_of_a_window_lie_later_in_its_clip(moving):
     assert not any(clip.start for clip in short)  # clips that have no later on
 
 
-def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(moving, tmp_path):
+def test_missing_captions_are_written_once_and_windows_are_told_what_lasts(moving, tmp_path):
     """Each of its own clip and of what came with it, whatever is encoded together."""
     flags = "--captions recaptioned --train-clips 300 --rows 8 --tokens 256 --given 0.5"
     c, heard = configured(*flags.split()), {}
     vae, path = with_random_weights(VAE(VAEConfig(channels=3, width=16))), tmp_path / "captions"
 
     def caption(latents: list[Tensor], told: list[str]) -> list[str]:
-        heard.update({f"written of {x}": z for z, x in zip(latents, told, strict=True)})
-        return [f"written of {x}" for x in told]
+        said = [f"{x} at top left moving left fast, 1 bounce. 9 frames." for x in told]
+        heard.update(zip(said, latents, strict=True))
+        return said
 
     source = batches.Source(vae, recaption.make_tokenizer(moving, 0.1), moving, written={})
     index = np.arange(c.train_clips)
@@ -1527,17 +1551,20 @@ def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(mov
     short, known = moving.short_captions(index, facts), moving.labelled(index, c.labelled)
     kinds = set()
     for k, i in enumerate(index.tolist()):
-        unknown = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)[2]  # from later on
+        given, _, start, _ = batches.draw_given(vae, c, i, size[k].tolist(), 2**31)
+        lasts = bool(start or given[-1])  # from later on, or what leads to an end
         if before[k] is None:
-            assert after[k] == f"written of {asked(short[k], size[k].tolist())}"
-            assert not known[k] and not unknown
+            told = asked(short[k], size[k].tolist())
+            rest = "moving across fast." if lasts else "at top left moving left fast, 1 bounce. 9 f"
+            assert after[k].startswith(f"{told} {rest}") and not known[k]
         else:
-            assert after[k] == before[k] in (short[k], data.descriptive_caption(facts[k]))
+            long = data.descriptive_caption(facts[k])
+            assert after[k] == before[k]
+            assert after[k] in (short[k], data.lasting_caption(long) if lasts else long)
             assert known[k] or after[k] == short[k]
-            assert after[k] == short[k] or not unknown
-        kinds.add((before[k] is None, after[k] == short[k], bool(unknown)))
-    assert len(kinds) == 4
-    k = before.index(None)
+        kinds.add((before[k] is None, after[k] == short[k], lasts))
+    assert len(kinds) == 6
+    k = next(k for k, said in enumerate(after) if before[k] is None and said in heard)
     clip = prompting.to_float(moving.clips(index[[k]], size[k])[0])
     assert close(heard[after[k]], vae.encode(clip)[0].detach())
     # A step takes from these, as they are, and in the phase of images as images.
@@ -1550,10 +1577,13 @@ def test_missing_captions_are_written_once_and_what_nobody_knows_stays_short(mov
 
 
 def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
+    """Of half of these it is shown how they go on, and what is then to be written; some ask for
+    another digit, and get it."""
     vae, c = with_random_weights(VAE(VAEConfig(channels=3, width=16))), train.Config()
-    words, shown = recaption.make_tokenizer(moving, c.labelled), set()
+    words, kinds = recaption.make_tokenizer(moving, c.labelled), set()
     source = batches.Source(vae, words, moving)
-    for step in (0, 401, 403):  # images, then videos
+    for step in (0, 401, 403, 404, 406):  # images, then videos
+        index = recaption.labelled_clips(moving, step, 4 * c.text_batch, c.labelled)[::3]
         with torch.no_grad():
             (clips, briefs, others), count = train.text_batch(
                 source, replace(c, accumulate=1), step, 0
@@ -1564,32 +1594,29 @@ def test_lessons_are_dealt_out_and_a_third_comes_with_what_was_written(moving):
         assert sum(len(x) + 1 for x in texts) == count
         dealt = sum((lesson[2] for lessons, _ in parts for lesson in lessons), [])
         assert sorted(dealt) == sorted(texts)
-        assert briefs[2] == clips[2][::3] and clips[1] == [] == others[0]
-        for whole, some, brief, long in zip(clips[0][::3], *briefs, strict=True):
-            size = words.decode(brief).split(":")[0]
-            frames = caption_reader.read_caption(words.decode(long))["frames"]
-            assert size == f"{frames} x {' x '.join(str(4 * n) for n in whole.shape[2:])}"
-            n = some.shape[1]
-            blank = int((some == 0).all(3).all(2).all(0).sum())  # before a given ending
-            if torch.equal(whole[:, :n], some):
-                shown.add("all" if n == whole.shape[1] else "beginning")
-            elif n == whole.shape[1] and blank and not some[:, :blank].any():
-                shown.add("ending")
-    assert shown == {"all", "beginning", "ending"}
-
-
-def test_a_given_ending_says_nothing_of_what_came_before_it():
-    vae = with_random_weights(VAE(VAEConfig(channels=3, width=16)))
-    video = torch.rand(2, 1, 17, 16, 16) * 2 - 1
-    other = torch.cat([torch.rand(2, 1, 8, 16, 16), video[:, :, 8:]], dim=2)
-    with torch.no_grad():
-        whole = vae.encode(video)
-        kinds = [train.part_of(vae, x[:1], whole[0], 0.8, 0.5) for x in (video, other)]
-        assert torch.equal(*kinds) and not kinds[0][:, :2].any() and kinds[0][:, 2:].any()
-        still = vae.encode(video[:, :, :1])
-        assert close(train.part_of(vae, video[:1, :, :1], still[0], 0.8, 0.5), still[0])
-    assert torch.equal(train.part_of(vae, video[:1], whole[0], 0.4, 0.5), whole[0])
-    assert torch.equal(train.part_of(vae, video[:1], whole[0], 0.6, 0.5), whole[0, :, :3])
+        assert clips[1] == [] == others[0]
+        for i, whole, some, brief, long in zip(index, clips[0][::3], *briefs, strict=False):
+            told, said = words.decode(brief), words.decode(long)
+            T, n = 1 + 4 * (whole.shape[1] - 1), some.shape[1]
+            size = np.array([T, 4 * whole.shape[2], 4 * whole.shape[3]])
+            fits = []
+            for later in range(0, 4 * batches.FARTHEST + 1, 4):
+                video = prompting.to_float(moving.clips([i], size + [later, 0, 0])[0])[:, :, later:]
+                if not close(vae.encode(video)[0, :, :n].detach(), some, 1e-4):
+                    continue
+                for other in range(10):
+                    (fact,), (first,) = (moving.all_facts([i], size[None], t) for t in (later, 0))
+                    for digit in fact["digits"] + first["digits"]:
+                        digit["digit"] = (digit["digit"] + other) % 10
+                    noisy = moving.short_captions(np.array([i]), [first])[0]
+                    short = data.short_caption(first) if other else noisy
+                    if told == asked(short, size.tolist(), later > 0):
+                        fits.append(said == data.descriptive_caption(fact))
+                        kinds.add((later > 0, n == whole.shape[1], other > 0))
+            assert any(fits)
+    assert kinds == {
+        (a, b, c) for a, b, c in itertools.product((False, True), repeat=3) if not a or not c
+    }
 
 
 def test_only_equal_trainings_are_compared(monkeypatch):
@@ -1753,6 +1780,25 @@ def test_strength(run):
     assert half[0].shape == clip.shape and not np.array_equal(*half)
 
 
+@pytest.mark.parametrize("size", [(17, 16, 24), (17, 64, 64)])
+def test_strength_is_a_share_of_the_way_from_noise(run, monkeypatch, size):
+    """At every size, though larger ones need more noise to hide as much."""
+    real, seen = prompting.denoise_window, {}
+
+    def denoise_window(run, prompts, x, level, *rest):
+        seen["level"] = level
+        return real(run, prompts, x, level, *rest)
+
+    monkeypatch.setattr(prompting, "denoise_window", denoise_window)
+    grid = prompting.latent_grid(run, *size)
+    ratio = prompting.token_ratio(run, grid) * run.config["shift"]
+    whole, held = torch.ones(grid[0]), torch.zeros(grid[0], dtype=torch.bool)
+    levels = prompting.level_table(10, whole, held, ratio).flatten(1)  # [steps + 1, t]
+    for steps in (3, 8):
+        sample.edit(run, PROMPT, [clip_of(*size)], steps / 10, [0], QUICK)
+        assert close(seen["level"], levels[10 - steps])
+
+
 def test_connect_changes_the_caption_along_the_way(run):
     a, b = clip_of(5), clip_of(4, seed=1)
     first, both, last = (
@@ -1796,7 +1842,7 @@ def test_streamed_is_unstreamed(run, eta):
 
 
 def test_only_a_window_that_begins_the_clip_is_told_how_it_begins(run, monkeypatch):
-    """A caption says where things start: later windows are told what the person wrote."""
+    """A caption says where things start: later windows are told of it what lasts."""
     real, heard = prompting.denoise_window, []
 
     def denoise_window(run, prompts, *rest):
@@ -1804,17 +1850,20 @@ def test_only_a_window_that_begins_the_clip_is_told_how_it_begins(run, monkeypat
         return real(run, prompts, *rest)
 
     monkeypatch.setattr(prompting, "denoise_window", denoise_window)
-    first, long = ["a 3 moving up"], clip_of(30)
-    size, noise = (30, 16, 24), clip_of(30)[None]
-    for task, told in (
-        (lambda: list(sample.stream(run, PROMPT, size, [4], QUICK, first=first)), first),
-        (lambda: sample.extend(run, PROMPT, [long[:, :5]], 25, [4], False, QUICK, first), first),
-        (lambda: sample.extend(run, PROMPT, [long], 25, [4], False, QUICK, first), PROMPT),
-        (lambda: sample.edit(run, PROMPT, list(noise), 0.5, [4], QUICK, first), first),
+    first, lasting = (
+        "a 3 at top left moving up fast, 1 bounce. 17 frames.",
+        "a 3 moving upright fast.",
+    )
+    size, clip = (30, 16, 24), clip_of(30)
+    for task in (
+        lambda prompts: list(sample.stream(run, prompts, size, [4], QUICK)),
+        lambda prompts: sample.extend(run, prompts, [clip[:, :5]], 25, [4], False, QUICK),
+        lambda prompts: sample.edit(run, prompts, [clip], 0.5, [4], QUICK),
     ):
-        heard.clear()
-        task()
-        assert len(heard) > 2 and heard == told + PROMPT * (len(heard) - 1)
+        for prompt, later in ((first, lasting), (PROMPT[0], PROMPT[0])):
+            heard.clear()
+            task([prompt])
+            assert len(heard) > 2 and heard == [prompt] + [later] * (len(heard) - 1)
 
 
 def test_short_stream_is_generate(run):
@@ -2242,28 +2291,55 @@ def test_exported_weights_are_read_back_and_sample_the_same(trained, tmp_path):
     assert command(exported, line)[0] == 0
 
 
-def test_prompts_are_expanded_where_it_is_known_how_a_clip_begins(trained, tmp_path, monkeypatch):
+def test_prompts_are_expanded_beside_what_is_given_of_a_clip(trained, tmp_path, monkeypatch):
+    """And only where a window begins with the clip, as the prompt of a clip from its beginning."""
     monkeypatch.chdir(tmp_path)
     for name, L in (("short.npy", 9), ("long.npy", 30)):
         np.save(name, clip_of(L, 24, 24)[0, ..., None])
-    for flags, expanded in (
-        ("--frames 9", True),
-        ("--extend short.npy", True),
-        ("--edit short.npy", True),
-        ("--edit long.npy", True),
-        ("--extend short.npy --no-expand", False),
-        ("--extend long.npy", False),  # of which the beginning is not shown
-        ("--extend short.npy --backward --frames 8", True),
-        ("--extend long.npy --backward --frames 8", True),
-        ("--extend short.npy --backward --frames 20", False),  # more than one window
-        ("--loop short.npy", False),
-        ("--connect short.npy short.npy", False),
+    real, heard = Language.expand, []
+
+    def expand(self, prompts, size, seeds, part=None, later=False):
+        heard.append((*prompts, None if part is None else part[0], later))
+        return real(self, prompts, size, seeds, part, later)
+
+    monkeypatch.setattr(Language, "expand", expand)
+    vae, clip = sample.load_vae(trained, "cpu"), clip_of(30, 24, 24)
+    latents = {
+        (a, b): vae.encode(prompting.to_float(clip[None, :, a:b]))[0].detach()
+        for a, b in ((0, 9), (0, 17), (13, 30), (0, 1))  # 17 frames are the longest clip
+    }
+    start, long, end, still = latents.values()
+    seven, three = "a 7 moving left", "a 3 moving up"
+    for flags, told in (
+        ("--frames 9", [(seven, None, False)]),
+        ("--image long.npy", [(seven, still, False)]),
+        ("--extend short.npy", [(seven, start, False)]),
+        ("--edit short.npy", [(seven, start, False)]),
+        ("--edit long.npy", [(seven, long, False)]),
+        ("--extend short.npy --no-expand", []),
+        ("--extend long.npy", [(seven, end, True)]),  # its beginning is not shown to the window
+        ("--extend short.npy --backward --frames 8", [(seven, start, True)]),
+        ("--extend long.npy --backward --frames 20", [(seven, long, True)]),
+        ("--loop long.npy", [(seven, end, True)]),
+        (
+            f'--connect long.npy short.npy --then "{three}"',
+            [(seven, end, True), (three, start, True)],
+        ),
+        ("--connect long.npy short.npy --no-expand", []),
     ):
+        heard.clear()
         status, said, wrong = command(
-            trained, f'--prompt "a 7 moving left" {flags} --height 24 --width 24 --out made.npy'
+            trained, f'--prompt "{seven}" {flags} --height 24 --width 24 --out made.npy'
         )
         assert status == 0, wrong
-        assert ("seed 0: " in said) == expanded, flags
+        assert ("seed 0: " in said) == bool(told) and len(heard) == len(told), flags
+        for (prompt, part, later), (right, seen, on) in zip(heard, told, strict=True):
+            assert (prompt, later) == (right, on) and (part is None) == (seen is None), flags
+            assert seen is None or close(part, seen, 1e-4), flags
+    # Larger than what it has learned to read: what lasts is not known.
+    heard.clear()
+    line = f'--prompt "{seven}" --loop short.npy --height 64 --width 64 --out made.npy'
+    assert command(trained, line)[0] == 0 and not heard
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ import recaption
 import sample
 import weights
 from batches import (
+    FARTHEST,
     HELD_BACK,
     Part,
     Source,
@@ -64,7 +65,7 @@ from dit import DiT, DiTConfig
 from folder import Folder, FolderConfig, read_lines
 from language import LONGEST, LanguageConfig, LanguageModel
 from loop import STOP, Stage, fit, rank, ranks, read_log, seeded
-from prompting import encode_given, load_language, to_float
+from prompting import load_language, to_float
 from text import Tokenizer
 from vae import VAE, VAEConfig
 
@@ -188,45 +189,42 @@ def vae_batch(
 Lessons = tuple[list, int]  # of each (clips, prompts, captions to write); all their tokens
 
 
-def part_of(vae: VAE, video: Tensor, latent: Tensor, u: float, share: float) -> Tensor:
-    """What is shown of a clip that comes with a short caption: half of the time all, as captions
-    are written; else what users give, its beginning [Z, n, h, w], or its end, with all before it
-    blank. video [1, C, T, H, W], its latent [Z, t, h, w]; u and share uniform in [0, 1)."""
-    T, (Z, t) = video.shape[2], latent.shape[:2]
-    if u < 0.5:
-        return latent
-    if u < 0.75:
-        return latent[:, : 1 + int(share * t)]
-    known = torch.arange(T, device=video.device) >= T - 1 - int(share * (T - 1))
-    return encode_given(vae, video, known[None])[0][0, :Z]
-
-
 def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
-    """Labelled clips of one size, another one each step; a third of them, or a part of each,
-    beside their short captions; and short captions of others, of any sizes. This part of them, and
-    how many tokens there are in all parts."""
+    """Labelled clips of one size, another one each step; a third of them beside their short
+    captions, of half of these how they go on, and some asking for another digit; and short captions
+    of others, of any sizes. This part of them, and how many tokens there are in all parts.
+
+    Of a clip that comes with a short caption all is shown half of the time, as captions are
+    written; else its beginning, which is what users give."""
     world, tokenizer = source.world, source.tokenizer
     images = step < 0.25 * c.text_steps or step % 5 == 0  # small images teach digits sooner
     size = world.size([step], images=float(images))[0]
     count = world.as_many(c.text_batch, size)
     index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
     others, index = index[: 2 * c.text_batch], index[:count]
+    again, u = index[::3], np.random.default_rng([c.seed, 10, step]).random((len(index[::3]), 6))
+    later = c.time_factor * (1 + (u[:, 1] * FARTHEST).astype(int))  # frames
+    later *= (u[:, 0] < 0.5) & (size[0] > 1)
+    other = ((u[:, 4] < 0.25) & (later == 0)) * (1 + (u[:, 5] * 9).astype(int))
+    share = np.where(u[:, 2] < 0.5, u[:, 3], 1.0)  # of a clip's latents that are shown
     sizes = np.tile(size, (count, 1))
-    briefs, captions = recaption.told_and_written(world, tokenizer, index, sizes)
+    captions = recaption.told_and_written(world, tokenizer, index, sizes)[1]
+    beside = again, sizes[::3], later, other
+    briefs, texts = recaption.told_and_written(world, tokenizer, *beside)
     told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
-    tokens = sum(len(text) + 1 for text in captions + captions[::3] + answers)  # with each END
+    tokens = sum(len(text) + 1 for text in captions + texts + answers)  # with each END
     part = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
-    mine = list(range(count))[part]
-    video = to_float(world.clips(index[mine], size)[0]).to(source.vae.mean.device)
-    seen = dict(zip(mine, source.vae.encode(video), strict=True))  # [Z, t, h, w] each
-    again = [k for k in mine if k % 3 == 0]
-    u = np.random.default_rng([c.seed, 10, step]).random((count, 2))
-    parts = [
-        part_of(source.vae, video[[j]], seen[k], *u[k]) for j, k in enumerate(mine) if k in again
-    ]
+
+    def encoded(index: np.ndarray, later: np.ndarray) -> list[Tensor]:
+        clips = world.clips(index, size + [later.max(initial=0), 0, 0])[0]
+        clips = [clip[:, k : k + size[0]] for clip, k in zip(clips, later, strict=True)]
+        return list(source.vae.encode(to_float(clips).to(source.vae.mean.device))) if clips else []
+
+    parts = encoded(again[part], later[part])
+    parts = [z[:, : 1 + int(x * len(z[0]))] for z, x in zip(parts, share[part], strict=True)]
     lessons = [
-        (list(seen.values()), [], captions[part]),
-        (parts, [briefs[k] for k in again], [captions[k] for k in again]),
+        (encoded(index[part], np.zeros(len(index[part]), int)), [], captions[part]),
+        (parts, briefs[part], texts[part]),
         ([], told[part], answers[part]),
     ]
     return lessons, tokens
