@@ -324,18 +324,20 @@ class Language:
     ) -> list[str]:
         """Short prompts as descriptive captions of a clip of `size` (T, H, W), what is not said
         drawn by chance, a chance of its own for each seed; part: the first latents of each clip
-        [Z, n, h, w], of a trained size, if they are given; later: see `asked`. What is descriptive
-        stays, and so does the empty prompt."""
+        [Z, n, h, w], of a trained size, if they are given: where these show motion, too, nothing is
+        left to chance; later: see `asked`. What is descriptive stays, and so does the empty prompt.
+        """
         which = [k for k, prompt in enumerate(prompts) if is_short(prompt)]
         if not which:
             return list(prompts)
         size = self.nearest_size(*size)
         random = [torch.Generator().manual_seed(seeds[k] + (1 << 40)) for k in which]
 
-        def pick(logits: Tensor) -> Tensor:
+        def drawn(logits: Tensor) -> Tensor:
             u = torch.stack([torch.rand((), generator=g) for g in random])
             return likely(logits, 0.25, u.to(logits.device))
 
+        pick = greedy if part and part[0].shape[1] > 1 else drawn
         heard = [self.tokenizer.encode(asked(prompts[k], size, later)) for k in which]
         seen = [part[k] for k in which] if part else []
         expanded = list(prompts)

@@ -40,6 +40,7 @@ from vae import VAE, VAEConfig
 from weights import find, load_ema
 
 CONTEXT = 0.4  # how noisy the latents are that a window takes over from the one before it
+LATER = 2.0  # guidance of such a window, at most: more of it, and digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 
 
@@ -490,6 +491,7 @@ def roll(
             x, given, level, held = show_given(run, begin, np.ones(begin.shape[2], bool), x)
         x = denoise_window(run, prompts, x, level, held, how, generators, given, start)
         start, prompts = 1, list(map(data.lasting_caption, prompts))
+        how = replace(how, guidance=min(how.guidance, LATER))
         context, made = x[:, :, -keep:], made + t - old
         yield x[:, :, old:]
 
