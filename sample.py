@@ -22,8 +22,8 @@ clip is made in windows, and .mp4 and .webm are on disk as they are made. prompt
 
 If the model was trained on descriptive captions, a short prompt is first expanded into one, which
 says also where things start and how fast they move: one for each seed, and printed. --no-expand
-leaves it as it is. It is left alone, too, where nobody knows that: in later windows of a long clip,
-and between two clips.
+leaves it as it is. Where nobody knows how a window sets out, only what lasts is said: in later
+windows of a long clip, before a given ending, and between two clips.
 
 A clip is a function of its prompt, size, seed and what was given, alone, in a batch or tomorrow.
 """
@@ -162,7 +162,7 @@ def bridge(
     known[seen : seen + gap] = False
     if gap:
         ends = None if prompts_end == prompts else prompts_end
-        # In training, too, what lies between two ends is from later on, and has its short prompt.
+        # In training, too, what lies between two ends is a window from later on.
         made = fill(run, prompts, window, known, seeded(seeds, 1), how, ends, start=1)
         blank = made[:, :, ~known]
     new = [a[:, :, a.shape[2] - there :], blank, b[:, :, :back]]
