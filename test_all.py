@@ -1492,6 +1492,10 @@ def test_short_prompts_are_expanded_and_others_left_alone(speaker):
     assert language.expand(["a 7"], (17, 32, 32), [3]) == told[:1]  # alone: the same
     assert language.expand(["a 7"], (17, 32, 32), [6]) == told[3:]
     assert language.expand(prompts, (17, 32, 32), [3, 4, 5, 6], later=True)[0] != told[0]
+    clip = torch.randn(speaker.config.channels, 3, 4, 6)  # shows motion: nothing is left to chance
+    for part, different in ((clip[:, :1], True), (clip, False)):
+        said = language.expand(["a 7"] * 6, (17, 32, 32), range(6), [part] * 6)
+        assert (len(set(said)) > 1) == different
     near = {(600, 33, 40): (17, 32, 32), (2, 20, 44): (9, 24, 40), (1, 8, 20): (1, 16, 16)}
     assert {size: language.nearest_size(*size) for size in near} == near
 
@@ -1845,9 +1849,10 @@ def test_only_a_window_that_begins_the_clip_is_told_how_it_begins(run, monkeypat
     """A caption says where things start: later windows are told of it what lasts."""
     real, heard = prompting.denoise_window, []
 
-    def denoise_window(run, prompts, *rest):
+    def denoise_window(run, prompts, x, level, held, how, *rest):
         heard.append(prompts[0])
-        return real(run, prompts, *rest)
+        assert how.guidance == (4 if len(heard) == 1 else 2)
+        return real(run, prompts, x, level, held, how, *rest)
 
     monkeypatch.setattr(prompting, "denoise_window", denoise_window)
     first, lasting = (
