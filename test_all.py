@@ -2064,7 +2064,7 @@ def job(network) -> tasks.Job:
 def test_the_truth_is_right_and_a_frozen_digit_wrong_by_its_way(job, monkeypatch, backward):
     stood = []
 
-    def still(run, prompts, clips, frames, seeds, backward, how, first):
+    def still(run, prompts, clips, frames, seeds, backward, how):
         assert frames == 16 and {clip.shape[1] for clip in clips} == {9}
         stood.extend(tasks.frozen(clips, frames, backward))
         return stood
