@@ -100,23 +100,24 @@ def expand_lasting(
     """Short prompts as what stays true of a clip (`data.lasting_caption`), of which clips uint8
     [C, L, H, W] show the last frames or, backward, the first: for windows beside these, whose own
     beginning nobody knows."""
-    ft, L = run.vae.config.time_factor, min(clips[0].shape[1], max(run.world["durations"]))
-    L = 1 + (L - 1) // ft * ft  # frames that fill latents
-    part = read_part(run, [clip[:, :L] if backward else clip[:, -L:] for clip in clips])
+    part = read_part(run, clips, last=not backward)
     if part is not None:
-        size = max(2, L), *clips[0].shape[2:]  # also an image is of a clip that moves
+        shown = 1 + (part[0].shape[1] - 1) * run.vae.config.time_factor  # frames
+        size = max(2, shown), *clips[0].shape[2:]  # also an image is of a clip that moves
         prompts = run.language.expand(prompts, size, seeds, part, later=True)
     return list(map(data.lasting_caption, prompts))
 
 
-def read_part(run: Run, clips: list[np.ndarray]) -> list[Tensor] | None:
-    """What its language model sees of clips: latents [Z, n, h, w], of as many of the first frames
-    as fill them. None where it has none, or they are larger than what that has learned to read."""
+def read_part(run: Run, clips: list[np.ndarray], last: bool = False) -> list[Tensor] | None:
+    """What its language model sees of clips: latents [Z, n, h, w], of as many of the first or last
+    frames as fill them. None where it has none, or they are larger than what that has learned to
+    read."""
     if not run.language or max(clips[0].shape[2:]) > max(map(max, run.world["shapes"])):
         return None
     ft, most = run.vae.config.time_factor, max(run.world["durations"])
     whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft
-    return list(run.vae.encode(to_float([clip[:, :whole] for clip in clips]).to(run.device)))
+    part = slice(-whole, None) if last else slice(whole)
+    return list(run.vae.encode(to_float([clip[:, part] for clip in clips]).to(run.device)))
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:

@@ -87,12 +87,22 @@ def name_of(world: data.World, index: int, size: np.ndarray) -> str:
     return f"{'clip' if size[0] > 1 else 'image'} {index} of seed {world.seed}"
 
 
-def encoded(vae: VAE, world: data.World, index: np.ndarray, size: np.ndarray) -> list[Tensor]:
-    """Latents [Z, t, h, w] of clips [n] of sizes [n, 3], those of one size at once."""
-    latents = [None] * len(index)
+def encoded(
+    vae: VAE,
+    world: data.World,
+    index: np.ndarray,
+    size: np.ndarray,
+    later: np.ndarray | int = 0,
+) -> list[Tensor]:
+    """Latents [Z, t, h, w] of clips [n] of sizes [n, 3], from `later` frames [n] on, those of one
+    size at once."""
+    latents, later = [None] * len(index), np.broadcast_to(later, len(index))
     for one in np.unique(size, axis=0):
         group = np.flatnonzero((size == one).all(1))
-        video = to_float(world.clips(index[group], one)[0]).to(vae.mean.device)  # [b, C, T, H, W]
+        first = later[group]
+        clips = world.clips(index[group], one + [first.max(), 0, 0])[0]
+        clips = [clip[:, k : k + one[0]] for clip, k in zip(clips, first, strict=True)]
+        video = to_float(clips).to(vae.mean.device)  # [b, C, T, H, W]
         for k, latent in zip(group, vae.encode(video), strict=True):
             latents[k] = latent
     return latents

@@ -214,16 +214,11 @@ def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
     told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
     tokens = sum(len(text) + 1 for text in captions + texts + answers)  # with each END
     part = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
-
-    def encoded(index: np.ndarray, later: np.ndarray) -> list[Tensor]:
-        clips = world.clips(index, size + [later.max(initial=0), 0, 0])[0]
-        clips = [clip[:, k : k + size[0]] for clip, k in zip(clips, later, strict=True)]
-        return list(source.vae.encode(to_float(clips).to(source.vae.mean.device))) if clips else []
-
-    parts = encoded(again[part], later[part])
+    seen = recaption.encoded(source.vae, world, index[part], sizes[part])
+    parts = recaption.encoded(source.vae, world, again[part], sizes[::3][part], later[part])
     parts = [z[:, : 1 + int(x * len(z[0]))] for z, x in zip(parts, share[part], strict=True)]
     lessons = [
-        (encoded(index[part], np.zeros(len(index[part]), int)), [], captions[part]),
+        (seen, [], captions[part]),
         (parts, briefs[part], texts[part]),
         ([], told[part], answers[part]),
     ]
