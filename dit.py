@@ -34,14 +34,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import (
-    Groups,
     Stencil,
-    clips_by_length,
     neighbours,
     packed_attention,
     packed_example,
     rotary_angles,
     rotate,
+    who_sees_whom,
 )
 
 MOST_WORDS = 256  # tokens of a caption; more would share the last place, and be a mistake
@@ -58,6 +57,8 @@ class DiTConfig:
     depth: int = 8
     heads: int = 4
     rope_base: float = 10.0  # the longest wavelength is about 4 times this many patches
+    actions: int = 0  # how many the world has; 0: the network has no table of them
+    time_factor: int = 1  # ft: frames a latent, each with an action of its own
 
 
 # ------------------------------------------------------------------------------ how noisy, and what
@@ -119,21 +120,21 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple, groups: Groups, near: Tensor
+        self, x: Tensor, c: Tensor, frame_id: Tensor, turn: tuple, who: Tensor | None, near: Tensor
     ) -> Tensor:
-        """x [N, d], c [F, d], frame_id [N], turn: cos and sin, near [N, 6] -> [N, d]."""
+        """x [B, L, d], c [F, d], frame_id [B, L], turn: cos and sin, near [N, 6] -> [B, L, d]."""
         d = x.shape[-1]
-        table = F.embedding(frame_id, self.modulation(c))  # [N, 6 d]
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=-1)  # [N, d] each
+        table = F.embedding(frame_id, self.modulation(c))  # [B, L, 6 d]
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=-1)  # [B, L, d] each
         h = modulate(F.layer_norm(x, (d,)), shift1, scale1)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [N, heads, head]
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, heads, head]
         pairs = zip((q, k), self.gain, strict=True)
         q, k = (rotate(F.rms_norm(y, y.shape[-1:]) * g.type_as(y), *turn) for y, g in pairs)
-        h = packed_attention(q, k, v, groups).flatten(1)  # [N, d]
+        h = packed_attention(q, k, v, who).flatten(2)  # [B, L, d]
         x = x + gate1 * self.merge(h)
         h = modulate(F.layer_norm(x, (d,)), shift2, scale2).type_as(table)
-        h = h + Stencil.apply(h, near, self.beside)
-        return x + gate2 * self.down(F.gelu(self.up(h)))
+        beside = Stencil.apply(h.flatten(0, 1), near, self.beside)
+        return x + gate2 * self.down(F.gelu(self.up(h + beside.view_as(h))))
 
 
 class DiT(nn.Module):
@@ -152,6 +153,8 @@ class DiT(nn.Module):
         self.level = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.place = nn.Embedding(MOST_WORDS, d)  # of a token in its caption
         self.summary = nn.Sequential(nn.Linear(d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d))
+        if config.actions:
+            self.action = nn.Embedding(config.actions + 1, d // config.time_factor)
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(d, 2 * d)
         self.write = nn.Linear(d, config.outputs)
@@ -161,38 +164,38 @@ class DiT(nn.Module):
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
         """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs], of patches only."""
-        order, groups = clips_by_length(layout.sample_id)  # [N]
-        text, sample_id, frame_id, position, tokens = (
-            x.flatten(0, 1)[order]
-            for x in (layout.text, layout.sample_id, layout.frame_id, layout.position, tokens)
-        )
+        text, sample_id, frame_id = layout.text, layout.sample_id, layout.frame_id  # [B, L]
         is_text, clips = text >= 0, int(layout.frame_clip[-1]) + 1
         owner = sample_id[is_text]  # [M], the clip of each of the M caption tokens
         # "3 up, 8 right" and "8 up, 3 right" have the same words: without their places, patches
         # would be told what there is, but not which of it moves where.
         place = places_of(owner).clamp(max=MOST_WORDS - 1)
         words = self.words(text[is_text]) + self.place(place)  # [M, d]
-        x = self.read(tokens).type_as(words).masked_scatter(is_text[:, None], words)  # [N, d]
+        x = self.read(tokens)  # [B, L, d]
+        who = who_sees_whom(sample_id, x.dtype)
+        x = x.type_as(words).masked_scatter(is_text[..., None], words)  # [B, L, d]
 
         caption = sum_of_each(self.summary(words).type_as(words), owner, clips)  # [clips, d]
         c = self.level(fourier_features(level, 256)) + caption[layout.frame_clip]  # [F, d]
+        if self.config.actions:
+            actions = layout.actions.expand(-1, self.config.time_factor)  # [F, ft]
+            c = c + self.action(actions).flatten(1)
         c = F.silu(c)
 
-        turn = rotary_angles(
-            position, self.config.width // self.config.heads, self.config.rope_base
-        )
-        near = neighbours(position, sample_id, is_text)  # [N, 6]
+        head = self.config.width // self.config.heads
+        angles = rotary_angles(layout.position, head, self.config.rope_base)
+        turn = tuple(y.transpose(1, 2) for y in angles)  # [B, L, 1, head/2] each
+        flat = (z.flatten(0, 1) for z in (layout.position, sample_id, is_text))
+        near = neighbours(*flat)  # [N, 6]
         for block in self.blocks:
-            given = (x, c, frame_id, turn, groups, near)
+            given = (x, c, frame_id, turn, who, near)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *given, use_reentrant=False)  # [N, d]
+                x = checkpoint(block, *given, use_reentrant=False)  # [B, L, d]
             else:
-                x = block(*given)  # [N, d]
+                x = block(*given)  # [B, L, d]
 
-        shift, scale = F.embedding(frame_id, self.modulation(c)).chunk(2, dim=-1)  # [N, d]
-        x = self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [N, outputs]
-        full = x.new_zeros(layout.text.numel(), x.shape[-1]).index_copy(0, order, x)
-        return full.unflatten(0, layout.text.shape)  # [B, L, outputs]
+        shift, scale = F.embedding(frame_id, self.modulation(c)).chunk(2, dim=-1)  # [B, L, d]
+        return self.write(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))  # [B, L, outputs]
 
 
 # --------------------------------------------------------------------------------------------- demo

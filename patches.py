@@ -167,6 +167,7 @@ class Packed:
     frame_id: torch.Tensor  # [B, L] the token's row in the frame table, 0 where padded
     frame_clip: torch.Tensor  # [F] the clip that a row of the frame table is of
     frame_is_text: torch.Tensor  # [F] bool: the row of a clip's text; its frames' rows follow
+    actions: torch.Tensor  # [F, ft] before each frame of a latent, 0: nothing known
     grids: list[Grid]  # (t, h, w) of each clip
     where: list[tuple[int, int, int, int]]  # of each clip: (row, text from, patches from, end)
     p: int  # the side of a patch
@@ -204,6 +205,7 @@ def pack(
     budget: int,
     rows: list[list[int]] | None = None,
     starts: list[int] | None = None,
+    actions: list[torch.Tensor] | None = None,
 ) -> Packed:
     """Lay clips into rows of `budget` tokens. Gradients flow through the tokens.
 
@@ -257,7 +259,7 @@ def pack(
 
     patches = torch.cat([patchify(latent, p) for latent in latents])  # [patches of all clips, D]
     device = patches.device
-    return Packed(
+    packed = Packed(
         tokens=lay(patches, place[~is_text].to(device), 0.0),
         text=lay(ids, place[is_text], -1).to(device),
         position=lay(position, place, 0).to(device),
@@ -265,10 +267,12 @@ def pack(
         frame_id=lay(frame_id, place, 0).to(device),
         frame_clip=frame_clip.to(device),
         frame_is_text=frame_is_text.to(device),
+        actions=torch.zeros(len(frame_clip), 1, dtype=torch.int64, device=device),
         grids=grids,
         where=where,
         p=p,
     )
+    return packed if actions is None else replace(packed, actions=per_frame(packed, actions))
 
 
 def unpack(tokens: torch.Tensor, packed: Packed) -> list[torch.Tensor]:
@@ -279,14 +283,24 @@ def unpack(tokens: torch.Tensor, packed: Packed) -> list[torch.Tensor]:
     ]
 
 
-def frame_levels(packed: Packed, levels: list[torch.Tensor]) -> torch.Tensor:
-    """Each clip's noise levels, a [t] each -> the frame table's [F]; text is never noisy: 0.
+def per_frame(packed: Packed, values: list[torch.Tensor]) -> torch.Tensor:
+    """Values of each clip's latent frames, a [t, ...] each -> the frame table's [F, ...]; text: 0.
 
-    `frame_levels(packed, levels)[packed.frame_id]` is each token's level [B, L].
+    `per_frame(packed, levels)[packed.frame_id]` is each token's level [B, L].
     """
-    level = torch.cat(levels).to(packed.frame_clip.device)
-    table = level.new_zeros(len(packed.frame_clip))
-    return table.masked_scatter(~packed.frame_is_text, level)
+    value = torch.cat(values).to(packed.frame_clip.device)
+    table = value.new_zeros(len(packed.frame_clip), *value.shape[1:])
+    table[~packed.frame_is_text] = value
+    return table
+
+
+def latent_actions(actions, ft: int) -> torch.Tensor:
+    """actions [T] of pixel frames -> [t, ft] of latent frames.
+
+    Zeros go in front, since latent 0 holds one frame alone.
+    """
+    actions = torch.as_tensor(actions, dtype=torch.int64)
+    return torch.nn.functional.pad(actions, (-len(actions) % ft, 0)).view(-1, ft)
 
 
 # --------------------------------------------------------------------------------------------- demo

@@ -1,26 +1,28 @@
-"""Prompting: given frames and windows, the one mechanism behind every task of sample.py.
+"""Prompting: a task is a clip and a mask of the frames that are known; `complete` makes the rest.
 
-The problem. To animate an image, to go on from a clip, to close a loop: each could be a network of
-its own. And a minute of video has more patches than any network attends to at once.
+The problem. Animating an image, extending a clip or closing a loop could each be a network of its
+own. And a minute of video has more patches than any network attends to at once.
 
-The idea. In every task some frames of a clip are known, and the others are made to fit:
+The idea. In every task some frames are known, and the others are made to fit:
 
-    text     . . . . .        animate    I . . . .        extend    A A . . .
-    connect  A A . B B        backward   . . . A A        loop      A A . A A
+    new      . . . . .        animate   I . . . .        extend    A A . . .
+    connect  A A . B B        loop      A A . A A        backward  . . . A A
 
-The network is shown two things beside the noisy latents: the latents of what is known, encoded with
-all else blanked, and a mask that says which of the frames of each latent are known:
+The network is shown the latents of the known frames, encoded with all others black, and a mask:
 
     x      [N, Z, t, h, w]       noisy; latent frames that are known whole are at level 0 and stay
-    given  [N, Z + ft, t, h, w]  what is known, and the mask: a latent can be known in part
+    given  [N, Z + ft, t, h, w]  what is known, and which of the ft frames of each latent are
 
-`fill` makes what is missing in one window. `roll` makes a clip of any length from many, the last
-latents of one being the known first ones of the next; `stream` decodes them as they come.
+What is longer than the clips in training is made in windows. One that continues another takes over
+its last latents, a little noisy: its past was made by the model, and taken for clean, its mistakes
+would add up. Editing is SDEdit (Meng et al. 2021): start from the clip, noised, not from noise.
 
 Alphabet: N clips of one size; T, H, W in pixels; Z, t, h, w in latents; ft frames to a latent.
+
+Run `python prompting.py` to see each task's windows, and which frames are known.
 """
 
-import math
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,112 +30,172 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import diffusion
 import patches
 from dit import DiT, DiTConfig
-from language import Language, LanguageConfig, LanguageModel
-from text import NOTHING, Tokenizer
-from vae import VAE, VAEConfig
-from weights import find, load_ema
+from language import NOTHING, Language, LanguageConfig, LanguageModel, Tokenizer
+from vae import VAE, VAEConfig, to_float, to_uint8
 
 CONTEXT = 0.4  # how noisy the latents are that a window takes over from the one before it
-LATER = 2.0  # guidance of such a window, at most: more of it, and digits wear out
+LATER = 2.0  # guidance of such a window, at most: with more of it, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
-
 
 # ------------------------------------------------------------------------------------ a trained run
 
 
 @dataclass
 class Run:
-    """All that sampling needs: two networks and a tokenizer; the world that they were trained on
-    and the flags of the training, as plain dicts; and what writes captions, if that was trained."""
+    """All that sampling needs."""
 
     vae: VAE
     dit: DiT
     tokenizer: Tokenizer
-    world: dict
-    config: dict
-    language: Language | None = None
+    world: dict  # about what it was trained on: `data.World.about`
+    config: dict  # the flags of the training
+    language: Language | None = None  # expands prompts, if the DiT learned from full captions
 
-    @property
-    def device(self) -> torch.device:
-        return self.dit.read.weight.device
+    def __post_init__(self):
+        self.ft, self.device = self.vae.config.time_factor, self.vae.mean.device
+        self.lasting = data.world_class(self.world["config"]["kind"]).lasting
+
+
+def find_weights(folder: str | Path, name: str) -> Path:
+    """The file of a network in a run's folder; its .pt, which may not exist, if there is none."""
+    paths = [Path(folder, name + suffix) for suffix in (".pt", ".safetensors")]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def newest_run(root: str | Path = "out", name: str = "dit") -> Path:
+    """The folder below `root` whose DiT was saved last."""
+    paths = [find_weights(folder, name) for folder in Path(root).glob("*")]
+    if not (found := [path for path in paths if path.is_file()]):
+        raise FileNotFoundError(
+            f"no trained run below {root}/: python train.py --preset tiny makes one"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def read_weights(path: str | Path, device: str | torch.device) -> dict:
+    """All that a file holds: {"ema": {name: tensor}}, and the rest by name. Nothing is unpickled
+    but tensors and plain values; a .safetensors file has these as JSON, under "sora"."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: train there first, or name another folder")
+    try:
+        if path.suffix != ".safetensors":
+            saved = torch.load(path, map_location=device, weights_only=True)
+            return saved | {"ema": saved["ema"]}
+        from safetensors import safe_open
+
+        with safe_open(path, "pt", str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("sora", "{}"))
+            return about | {"ema": {name: file.get_tensor(name) for name in file.keys()}}
+    except ImportError:
+        raise ValueError("the package safetensors is missing: pip install safetensors") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
+
+
+def load_network(path: str | Path, network: type, config: type, device) -> tuple[nn.Module, dict]:
+    """The EMA weights of a file, in a network made for them; and all that the file holds."""
+    saved = read_weights(path, device)
+    try:
+        made = network(config(**saved["model"])).to(device).eval().requires_grad_(False)
+        made.load_state_dict(saved["ema"])
+    except (KeyError, RuntimeError, TypeError):
+        raise ValueError(f"{path} was made by another version of the code: train anew") from None
+    return made, saved
 
 
 def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
-    return load_ema(find(folder, "vae"), VAE, VAEConfig, device)[0]
+    return load_network(find_weights(folder, "vae"), VAE, VAEConfig, device)[0]
 
 
 def load_language(folder: str | Path, device: str | torch.device) -> Language:
-    model, saved = load_ema(find(folder, "text"), LanguageModel, LanguageConfig, device)
+    path = find_weights(folder, "text")
+    model, saved = load_network(path, LanguageModel, LanguageConfig, device)
     return Language(model, Tokenizer(saved["words"]), saved["world"])
 
 
-@torch.no_grad()
-def expand(
-    run: Run,
-    prompts: list[str],
-    size: tuple[int, int, int],
-    seeds: list[int],
-    clips: list[np.ndarray] | None = None,
-) -> list[str]:
-    """Short prompts as the descriptive captions that the DiT was trained on, if it was. clips
-    uint8 [C, L, H, W], of one size: what a clip of each prompt begins with, if that is given; its
-    caption then says what is seen there."""
-    if not run.language:
-        return list(prompts)
-    part = None if clips is None else read_part(run, clips)
-    return run.language.expand(prompts, size, seeds, part)
-
-
-def expand_lasting(
-    run: Run,
-    prompts: list[str],
-    seeds: list[int],
-    clips: list[np.ndarray],
-    backward: bool = False,
-) -> list[str]:
-    """Short prompts as what stays true of a clip (`data.lasting_caption`), of which clips uint8
-    [C, L, H, W] show the last frames or, backward, the first: for windows beside these, whose own
-    beginning nobody knows."""
-    part = read_part(run, clips, last=not backward)
-    if part is not None:
-        shown = 1 + (part[0].shape[1] - 1) * run.vae.config.time_factor  # frames
-        size = max(2, shown), *clips[0].shape[2:]  # also an image is of a clip that moves
-        prompts = run.language.expand(prompts, size, seeds, part, later=True)
-    return list(map(data.lasting_caption, prompts))
-
-
-def read_part(run: Run, clips: list[np.ndarray], last: bool = False) -> list[Tensor] | None:
-    """What its language model sees of clips: latents [Z, n, h, w], of as many of the first or last
-    frames as fill them. None where it has none, or they are larger than what that has learned to
-    read."""
-    if not run.language or max(clips[0].shape[2:]) > max(map(max, run.world["shapes"])):
-        return None
-    ft, most = run.vae.config.time_factor, max(run.world["durations"])
-    whole = 1 + (min(clips[0].shape[1], most) - 1) // ft * ft
-    part = slice(-whole, None) if last else slice(whole)
-    return list(run.vae.encode(to_float([clip[:, part] for clip in clips]).to(run.device)))
-
-
-def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """The EMA weights of a VAE, a DiT and, if that learned from descriptive captions, a language
-    model. folder: or the file of one DiT in it, such as dit.best-800.pt."""
+def load_run(folder: str | Path, device: str | torch.device | None = None) -> Run:
+    """folder: or the file of one DiT in it, such as dit.best-800.pt."""
     device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
-    path, folder = (path, path.parent) if path.is_file() else (find(path, "dit"), path)
-    dit, saved = load_ema(path, DiT, DiTConfig, device)
-    words = Tokenizer(saved["words"])
-    c = saved["config"]  # of own clips there is no expander; and else it knows short prompts alone
-    wanted = c.get("captions") == "recaptioned" and not c.get("data")
-    language = load_language(folder, device) if wanted else None
-    return Run(load_vae(folder, device), dit, words, saved["world"], saved["config"], language)
+    path, folder = (path, path.parent) if path.is_file() else (find_weights(path, "dit"), path)
+    dit, saved = load_network(path, DiT, DiTConfig, device)
+    full = saved["config"].get("captions") == "recaptioned"  # else it takes prompts as they are
+    language = load_language(folder, device) if full else None
+    words, vae = Tokenizer(saved["words"]), load_vae(folder, device)
+    return Run(vae, dit, words, saved["world"], saved["config"], language)
 
 
-# ------------------------------------------------------------------------------------ noise to clip
+def bf16(device: torch.device, cache: bool = True):
+    """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay float32.
+    cache: keep the bfloat16 copies of weights for when they are used again."""
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # AVX512 alone emulates it
+    able = any(getattr(torch.cpu, ask, bool)() for ask in asks)
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    how = {"dtype": torch.bfloat16, "cache_enabled": cache}
+    return torch.autocast(device.type, **how) if able else nullcontext()
+
+
+# -------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass
+class Task:
+    """A clip of which some frames are known."""
+
+    clip: np.ndarray  # uint8 [C, T, H, W]; blank where it is to be made
+    known: np.ndarray  # bool [T]
+    prompt: str
+    prompt_end: str | None = None  # what the prompt turns into along the frames that are made
+    strength: float = 1.0  # below 1, the rest is made from the clip: 0 keeps it, 1 ignores it
+    actions: np.ndarray | None = None  # int [T], done just before each frame; 0: nothing known
+    frames: int | None = None  # the result is the first so many
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        return self.prompt, self.prompt if self.prompt_end is None else self.prompt_end
+
+
+def new(run: Run, size: tuple[int, int, int], prompt: str) -> Task:
+    """Text to a video of size (T, H, W), or to an image."""
+    clip = np.broadcast_to(np.uint8(0), (run.vae.config.colors, *size))  # takes no memory
+    return Task(clip, np.zeros(size[0], bool), prompt)
+
+
+def animate(image: np.ndarray, T: int, prompt: str) -> Task:
+    """An image [C, 1, H, W] that moves: T frames in all."""
+    return extend(image, T - 1, prompt)
+
+
+def extend(clip: np.ndarray, n: int, prompt: str, backward: bool = False) -> Task:
+    """n frames after a clip or, backward, before it."""
+    none = clip[:, :0]
+    return connect(none, clip, n, prompt) if backward else connect(clip, none, n, prompt)
+
+
+def loop(clip: np.ndarray, n: int, prompt: str) -> Task:
+    """A clip and n frames from its end back to its start, to be played in a circle."""
+    return replace(connect(clip, clip, n, prompt), frames=clip.shape[1] + n)
+
+
+def connect(a: np.ndarray, b: np.ndarray, n: int, prompt: str, prompt_end=None) -> Task:
+    """n frames from one clip to another; with prompt_end, from one prompt to another."""
+    C, L, H, W = a.shape
+    clip = np.zeros((C, L + n + b.shape[1], H, W), np.uint8)  # no memory until it is written
+    known = np.ones(clip.shape[1], bool)
+    clip[:, :L], clip[:, L + n :], known[L : L + n] = a, b, False
+    return Task(clip, known, prompt, prompt_end)
+
+
+def edit(clip: np.ndarray, strength: float, prompt: str) -> Task:
+    """SDEdit. strength: the share of the sampler's way from noise to clean that is gone again."""
+    return Task(clip, np.zeros(clip.shape[1], bool), prompt, strength=strength)
 
 
 @dataclass(frozen=True)
@@ -145,390 +207,356 @@ class Settings:
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
 
 
-DEFAULT = Settings()
-# Given frames show it already: the less of a push, the smoother the seams and the nearer to the
-# truth. With fresh noise in each step, what was placed wrong can still be moved.
-GIVEN = Settings(steps=50, guidance=1.0, eta=1.0)
-SETTINGS = {  # of each task of sample.py, by the name of its flag
-    "new": DEFAULT,
-    "image": DEFAULT,
-    "extend": replace(GIVEN, guidance=2.0),  # without, more digits changed
-    "loop": GIVEN,
-    "connect": GIVEN,
-    "edit": DEFAULT,
-}
+def settings(task: Task) -> Settings:
+    """What worked best, by what is known. Known frames already show what the prompt says: with less
+    guidance, seams are smoother, and what is made is nearer to the truth. Fresh noise in each step
+    lets what was placed wrong still move."""
+    known = np.flatnonzero(task.known)
+    if len(known) <= 1 or task.strength < 1:
+        return Settings()
+    two_ends = known[-1] - known[0] >= len(known)
+    return Settings(50, 1.0 if two_ends else 2.0, 1.0)  # extended without any, more digits changed
 
 
-def bf16(device: torch.device, cache: bool = True):
-    """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay
-    float32. cache: keep the bfloat16 copies of weights for when they are used again."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
-    else:
-        able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    if not able:
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
+# ------------------------------------------------------------------------------------------ windows
 
 
-def latent_grid(run: Run, T: int, H: int, W: int) -> tuple[int, int, int]:
-    """The latent grid (t, h, w) that holds T frames of H x W pixels: any T, as what is too much is
-    cut off after decoding. ValueError says what sizes would do."""
-    ft, sides = run.vae.config.time_factor, run.vae.config.space_factor * run.config["patch"]
-    if H % sides or W % sides or min(H, W) < sides:
-        near = [max(sides, round(side / sides) * sides) for side in (H, W)]
-        raise ValueError(
-            f"{H} x {W} pixels: sides must be multiples of {sides}, such as {near[0]} x {near[1]}"
-        )
-    return run.vae.grid(1 + -(-(T - 1) // ft) * ft, H, W)
+@dataclass(frozen=True)
+class Window:
+    """Frames of a task that are denoised together."""
+
+    first: int  # of its frames; those before frame 0 are there to fill a latent
+    known: np.ndarray  # bool [n]: which of the frames that its latents hold are known by then
+    made: tuple[int, int]  # from which frame of the task to which it makes
+    past: int = 0  # latents of the window before it that it starts with
+    start: int = 0  # the time of its first latent: 0 only for the start of a clip, as in training
+    part: int = 0  # whose random numbers; a window with a past goes on with those before it
+    turn: tuple[int, int] = (0, 1)  # the frames between which prompt turns into prompt_end
 
 
 def trained_window(run: Run) -> int:
-    """How many latent frames the longest clip had that the run was trained on."""
-    return max(2, 1 + (max(run.world["durations"]) - 1) // run.vae.config.time_factor)
+    """How many latent frames the longest clip in training had."""
+    return max(2, 1 + (max(run.world["durations"]) - 1) // run.ft)
 
 
-def token_ratio(run: Run, grid: tuple[int, int, int]) -> float:
-    """How many times as many patches a grid has as the largest clip in training; at least 1."""
-    area = max(H * W for H, W in run.world["shapes"]) // run.vae.config.space_factor**2
-    return max(1.0, math.prod(grid) / (trained_window(run) * area))
+def context(run: Run, L: int, most: int) -> int:
+    """How many of L known frames to show: as many as fill `most` latents after the first frame. The
+    more there are, the better motion is carried on. Of 2 to `ft` frames all, though they fill none:
+    one frame alone says nothing of motion."""
+    return L if L <= run.ft else 1 + run.ft * max(0, min((L - 1) // run.ft, most))
 
 
-def noise_for(run: Run, generators: list[torch.Generator], grid: tuple[int, int, int]) -> Tensor:
-    """[N, Z, t, h, w], each clip's from a generator of its own."""
-    if (count := patches.token_count(grid, run.config["patch"])) > MOST_TOKENS:
-        raise ValueError(
-            f"too large: {count} patches at once, and at most {MOST_TOKENS} are possible"
-        )
-    Z = run.vae.config.channels
-    return torch.stack([torch.randn(Z, *grid, generator=g) for g in generators]).to(run.device)
+def room(run: Run, L: int, kind: str) -> int:
+    """How many new frames fit into one window; kind: new, or extend, backward, loop or connect L
+    known ones."""
+    most = trained_window(run)
+    if kind in ("loop", "connect"):  # one less than fills latents, see `toward`
+        return max(1, run.ft * max(1, most - most // 2 - 1) - 1)
+    shown = {"new": 0, "extend": context(run, L, most - 3), "backward": context(run, L, most // 2)}
+    return max(run.ft, 1 + run.ft * (most - 1) - shown[kind])
 
 
-def seeded(seeds: list[int], part: int = 0) -> list[torch.Generator]:
-    """A generator for each clip; tasks done in several parts take other numbers for each."""
-    return [torch.Generator().manual_seed(seed + (part << 32)) for seed in seeds]
+def onward(run: Run, lo: int, hi: int, part: int) -> list[Window]:
+    """Frames lo to hi, after known ones: each window continues the one before it."""
+    ft, most, plan, done = run.ft, trained_window(run), [], 0  # done: latents
+    shown = context(run, lo, most - 3)
+    first, total = lo - shown, 1 + -(-(shown + hi - lo - 1) // ft)
+    while done < total:
+        past = most // 2 if done else 0
+        t = min(most, total - done + past)
+        at = first + 1 + ft * (done - past - 1) if past else first
+        known = np.arange(ft * t if past else 1 + ft * (t - 1)) < (ft * past if past else shown)
+        made = at + int(known.sum()), min(hi, at + len(known))
+        plan.append(Window(at, known, made, past, int(at > 0), part))
+        done += t - past
+    return plan
 
 
-def packed_denoiser(
-    run: Run,
-    captions: list[list[int]],
-    grid: tuple[int, int, int],
-    given: Tensor | None = None,
-    start: int = 0,
-) -> Callable:
-    """A callable for `diffusion.sample` over latents x [N, Z, t, h, w] of one size, a clip a row.
+def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
+    """Frames lo to hi, before L known ones.
 
-    level broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what `encode_given` made, if anything;
-    start: 1 for a window from the middle of a clip (see `patches.grid_positions`).
-    """
-    p, Z, N = run.config["patch"], run.vae.config.channels, len(captions)
-    length = max(map(len, captions)) + patches.token_count(grid, p)
-    blank = [torch.zeros(Z, *grid, device=run.device)] * N
-    layout = patches.pack(blank, captions, p, length, [[k] for k in range(N)], [start] * N)
-    if given is None:
-        given = torch.zeros(N, Z + run.vae.config.time_factor, *grid, device=run.device)
-
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        shown = patches.patchify(torch.cat([x, given], dim=1), p).flatten(0, 1)  # [N n, inputs]
-        tokens = shown.new_zeros(*layout.text.shape, shown.shape[-1])
-        tokens[layout.is_patch] = shown  # rows are in clip order
-        levels = level.expand(len(x), 1, grid[0], 1, 1).flatten(1)  # [N, t]
-        table = patches.frame_levels(layout, list(levels))  # [F]
-        with bf16(run.device):
-            output = run.dit(tokens, table, layout)  # [N, L, D]
-        return torch.stack(patches.unpack(output.float(), layout))  # [N, Z, t, h, w]
-
-    return denoise
+    Window by window into the past, in pixels, since the latents of what is known would look into
+    what comes before. One of the known frames lies in a latent that is made: the VAE decodes from
+    the past, so that what follows a latent does nothing for its frames. Where frames before `lo`
+    are known, too, what one window cannot hold is added to both ends, half to each; the last window
+    is then one from later on, as in training."""
+    ft, most = run.ft, trained_window(run)
+    spare = max(0, hi - lo - room(run, L, "connect")) if lo else hi
+    a, b = (lo + spare - spare // 2, hi - spare // 2) if lo else (0, 0)
+    plan, back = onward(run, lo, a, part) if a > lo else [], part + (lo > 0) * 2**48
+    while hi > b:
+        shown, at = context(run, L, most // 2), max(b, hi - room(run, L, "backward"))
+        more = -(hi - at + shown - 1) % ft  # so that the known frames end a latent
+        known = np.arange(at - more, hi + shown) >= hi
+        plan.append(Window(at - more, known, (at, hi), 0, int(at > 0), back))
+        L, hi, back = L + hi - at, at, back + 2**32
+    if b > a:
+        shown = context(run, a, most // 2 - 1)
+        # As many frames as end a latent, and at least a latent of them, if there are.
+        odd = (1 - shown - (b - a)) % ft
+        after = next((n for n in (ft + odd, odd) if 0 < n <= L), min(ft, L))
+        frame = np.arange(a - shown, b + after + -(shown + b - a + after - 1) % ft)
+        known = (frame < a) | (frame >= b) & (frame < b + after)
+        plan.append(Window(a - shown, known, (a, b), 0, 1, part + 2**32))
+    return plan
 
 
-def level_table(steps: int, level: Tensor, held: Tensor, ratio: float) -> Tensor:
-    """Levels that fall from `level` [t] to 0, but where `held` [t]: [steps + 1, 1, t, 1, 1].
-
-    Larger than trained. The more patches, the less the same noise hides, so that what a clip is
-    gets decided at higher levels: they fall more slowly there, by the number of patches ("Simple
-    diffusion", see `diffusion.shift_level`; Open-Sora's timestep transform is the same with another
-    schedule). Positions simply go on: rotary ones need no table, and what is near looks as in
-    training. Stretching the trained range over the larger grid ("position interpolation", Chen et
-    al. 2023) would make things larger, where a larger canvas should show more of the world.
-    """
-    falling = diffusion.straight_levels(steps, torch.ones_like(level))  # [steps + 1, t]
-    if ratio != 1:
-        falling = diffusion.shift_level(falling * diffusion.shift_level(level, 1 / ratio), ratio)
-        falling[0], falling[-1] = level, 0.0  # to the last bit
-    else:
-        falling = falling * level
-    return torch.where(held, level, falling).view(-1, 1, len(level), 1, 1)
-
-
-def denoise_window(
-    run: Run,
-    prompts: list[str],
-    x: Tensor,
-    level: Tensor,
-    held: Tensor,
-    how: Settings,
-    generators: list[torch.Generator],
-    given: Tensor | None = None,
-    start: int = 0,
-    prompts_end: list[str] | None = None,
-    blend: Tensor | None = None,
-) -> Tensor:
-    """From noise to clean latents: x [N, Z, t, h, w], each latent frame already at its `level` [t].
-
-    Frames that are `held` [t] stay bit for bit what they are. With prompts_end, the caption changes
-    along the clip: each frame is what both predict, mixed by `blend` [t] (0: prompts, 1:
-    prompts_end).
-    """
-    grid = tuple(x.shape[2:])
-    captions = [run.tokenizer.encode(prompt) for prompt in prompts]
-    denoise = packed_denoiser(run, captions, grid, given, start)
-    if prompts_end is not None:
-        ends, first = [run.tokenizer.encode(prompt) for prompt in prompts_end], denoise
-        last = packed_denoiser(run, ends, grid, given, start)
-        weight = blend.view(-1, 1, 1)  # [t, 1, 1]
-
-        def denoise(x: Tensor, level: Tensor) -> Tensor:
-            return torch.lerp(first(x, level), last(x, level), weight.expand_as(x))
-
-    nothing = packed_denoiser(run, [[NOTHING]] * len(x), grid, given, start)
-    denoise = diffusion.guided(denoise, nothing, how.guidance)
-    levels = level_table(how.steps, level, held, token_ratio(run, grid) * run.config["shift"])
-    return diffusion.sample(denoise, x, levels, how.eta, run.config["prediction"], generators)
+def windows(task: Task, run: Run) -> list[Window]:
+    """What is made in which order: each gap by itself, but all at once if several of them fit into
+    one window. ValueError says which sizes are possible."""
+    T, H, W = task.clip.shape[1:]
+    sides = run.vae.config.space_factor * run.config["patch"]
+    if H % sides or W % sides or not H * W:
+        near = " x ".join(str(max(1, round(side / sides)) * sides) for side in (H, W))
+        raise ValueError(f"{H} x {W} pixels: sides must be multiples of {sides}, such as {near}")
+    edges, plan = np.flatnonzero(np.diff(np.pad(~task.known, 1).astype(int))).tolist(), []
+    if len(edges) > 2 and T <= 1 + run.ft * (trained_window(run) - 1):
+        known, made = np.pad(task.known, (0, -(T - 1) % run.ft)), (edges[0], edges[-1])
+        plan, edges = [Window(0, known, made, 0, int(known[0] and known[T - 1]), 0, made)], []
+    for k in range(0, len(edges), 2):
+        (lo, hi), part = edges[k : k + 2], k * 2**50
+        L = [*edges, T][k + 2] - hi  # known frames that follow
+        some = toward(run, lo, hi, L, part) if L else onward(run, lo, hi, part)
+        plan += [replace(window, turn=(lo, hi)) for window in some]
+    count = max((-(-len(window.known) // run.ft) for window in plan), default=0)
+    if (count := count * H * W // sides**2) > MOST_TOKENS:
+        raise ValueError(f"too large: {count} patches at once, of at most {MOST_TOKENS}")
+    return plan
 
 
-# ------------------------------------------------------------------------------------- given frames
+# --------------------------------------------------------------------------------------- one window
 
 
-def encode_given(vae: VAE, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network is shown of given frames: video [B, C, T, H, W], known [B, T] bool ->
-
-    given [B, Z + ft, t, h, w]: latents of the video with all that is not given blanked, and a mask
-    that says which of the ft frames of each latent are given (latent 0 has but one, which fills
-    all); whole [B, t] bool: latent frames all of whose frames are given.
-
-    Blanked, since a latent looks into the past: the latents of a given *ending*, cut from the whole
-    clip, would tell what came before it, and training would teach the network to read it there.
-    """
-    ft = vae.config.time_factor
-    blanked = torch.where(known[:, None, :, None, None], video, -1.0)  # black
-    latent = vae.encode(blanked)  # [B, Z, t, h, w]
-    frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
-    frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
-    mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
-    return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
-
-
-def noisy_context(
-    latent: Tensor, count: int, level: float | Tensor, eps: Tensor, ft: int
-) -> Tensor:
-    """What the network is shown of a clip's past, in a window from the middle of a long clip.
-
-    latent [N, Z, t, h, w], the first `count` frames of which are the past -> [N, Z + ft, t, h, w],
-    which is what `encode_given` makes of whole frames, but noised to `level` (with eps, like
-    latent).
-
-    A window's past was made by the model, and is not quite right. Taken for clean, its mistakes
-    would add up from window to window. Noise hides them, and the network is told how much there is.
-    Training does the same: the past's frames are at `level` in the noisy clip, too (with noise of
-    its own), count toward no loss, and positions start at time 1.
-    """
+def noisy_past(latent: Tensor, count: int, level: float | Tensor, eps: Tensor, ft: int) -> Tensor:
+    """What the network is shown of a window's past, the first `count` frames of latent
+    [N, Z, t, h, w]: [N, Z + ft, t, h, w], as `VAE.encode_known` does, but noised to `level`. So it
+    is in training, where the past is at this level in the noisy clip, too, with other noise."""
     past = torch.arange(latent.shape[2], device=latent.device) < count  # [t]
     mask = past.to(latent)[:, None, None].expand(len(latent), ft, -1, *latent.shape[3:])
     level = torch.as_tensor(level, dtype=latent.dtype, device=latent.device)
     return torch.cat([diffusion.add_noise(latent, eps, level) * mask[:, :1], mask], dim=1)
 
 
-def to_float(clips: np.ndarray | list[np.ndarray]) -> Tensor:
-    """uint8 0 ... 255 -> [-1, 1]; a list of clips of one size is stacked."""
-    return torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1
+def level_table(steps: int, level: Tensor, fixed: Tensor, ratio: float) -> Tensor:
+    """Levels that fall from `level` [t] to 0, but where `fixed` [t]: [steps + 1, 1, t, 1, 1].
+
+    ratio: of the number of patches to that in training. The more there are, the less the same noise
+    hides, and what a clip shows is decided at higher levels: see `diffusion.shift_level`."""
+    falling = diffusion.straight_levels(steps, diffusion.shift_level(level, 1 / ratio))  # [.., t]
+    falling = diffusion.shift_level(falling, ratio)
+    falling[0], falling[-1] = level, 0.0  # to the last bit
+    return torch.where(fixed, level, falling).view(-1, 1, len(level), 1, 1)
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """[-1, 1] float -> 0 ... 255."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+@dataclass
+class Batch:
+    """Tasks that are done together, and what is known and made of them so far."""
 
+    run: Run
+    tasks: list[Task]
+    how: Settings
+    video: np.ndarray  # uint8 [N, C, K, H, W], up to the last known frame
 
-def show_given(run: Run, clips: np.ndarray, known: np.ndarray, x: Tensor) -> tuple[Tensor, ...]:
-    """Given frames, for `denoise_window`: clips uint8 [N, C, T, H, W], known [T] bool; noise x ->
+    def pixels(self, clips, first: int, n: int) -> Tensor:
+        """Frames of clips [C, T, H, W] as [N, C, n, H, W]. Beyond its ends, a clip stands still."""
+        frames = np.arange(first, first + n)
+        clips = [clip[:, frames.clip(0, clip.shape[1] - 1)] for clip in clips]
+        return to_float(clips).to(self.run.device)
 
-    x with the latents that are given whole, what the network is shown, level [t], held [t].
-    """
-    missing = 1 + (x.shape[2] - 1) * run.vae.config.time_factor - clips.shape[2]
-    video = np.pad(clips, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
-    known = torch.from_numpy(np.pad(known, (0, missing))).expand(len(clips), -1)
-    given, whole = encode_given(run.vae, to_float(video).to(run.device), known.to(run.device))
-    whole = whole[0]  # [t], the same for each clip
-    x = torch.where(whole[:, None, None], given[:, : x.shape[1]], x)
-    return x, given, (~whole).float(), whole
+    def actions(self, window: Window) -> list[Tensor] | None:
+        """Of each clip [t, ft], if the network knows any."""
+        if not self.run.dit.config.actions:
+            return None
+        ft, at = self.run.ft, self.run.ft + window.first
+        done = [np.zeros(len(x.known), int) if x.actions is None else x.actions for x in self.tasks]
+        done = [np.pad(x, ft)[at : at + len(window.known)] for x in done]
+        return [patches.latent_actions(x, ft) for x in done]
 
+    def packed(self, texts: list[list[int]], actions, given: Tensor, start: int) -> Callable:
+        """A callable for `diffusion.sample` over latents x [N, Z, t, h, w], a clip a row. level
+        broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what is known."""
+        run, p, N, Z = self.run, self.run.config["patch"], *given[:, self.run.ft :].shape[:2]
+        L = max(map(len, texts)) + patches.token_count(given.shape[2:], p)
+        rows, starts = [[k] for k in range(N)], [start] * N
+        layout = patches.pack(list(given[:, :Z]), texts, p, L, rows, starts, actions)
 
-# --------------------------------------------------------------------------------- one window, many
+        def denoise(x: Tensor, level: Tensor) -> Tensor:
+            shown = patches.patchify(torch.cat([x, given], dim=1), p).flatten(0, 1)  # [N n, inputs]
+            tokens = shown.new_zeros(N, L, shown.shape[-1])  # [N, L, inputs]
+            tokens[layout.is_patch] = shown  # rows are in the order of clips
+            levels = level.expand(N, 1, x.shape[2], 1, 1).flatten(1)  # [N, t]
+            table = patches.per_frame(layout, list(levels))  # [F]
+            with bf16(run.device):
+                output = run.dit(tokens, table, layout)  # [N, L, D]
+            return torch.stack(patches.unpack(output.float(), layout))  # [N, Z, t, h, w]
 
+        return denoise
 
-def forward_context(run: Run, L: int, beside: int = 2) -> int:
-    """How many of L given frames to show to what follows: as many as fill latents and leave
-    `beside` latents of a window to others. The more there are, the better motion is carried on. Of
-    2 to `ft` frames all, though they fill none: one frame alone says nothing of motion."""
-    ft = run.vae.config.time_factor
-    return L if L <= ft else 1 + ft * min((L - 1) // ft, max(0, trained_window(run) - 1 - beside))
+    def denoiser(self, window: Window, given: Tensor) -> Callable:
+        """With the prompts of a window, or a mixture where one turns into the other, and guidance.
+        A prompt says how a clip starts: of that, later windows are told what lasts."""
+        run, later, actions = self.run, window.past > 0, self.actions(window)
+        said = [map(run.lasting, x.prompts) if later else x.prompts for x in self.tasks]
+        first, last = zip(*(map(run.tokenizer.encode, both) for both in said), strict=True)
+        denoise = begin = self.packed(first, actions, given, window.start)
+        if first != last:
+            end = self.packed(last, actions, given, window.start)
+            frame = window.first + (len(window.known) - 1) % run.ft  # the last of latent 0
+            middle = frame - (run.ft - 1) / 2 + run.ft * torch.arange(given.shape[2])  # [t]
+            share = (middle - window.turn[0]) / max(1, window.turn[1] - 1 - window.turn[0])
+            share = share.clamp(0, 1).view(-1, 1, 1).to(given)  # [t, 1, 1]
 
+            def denoise(x: Tensor, level: Tensor) -> Tensor:
+                return torch.lerp(begin(x, level), end(x, level), share.expand_as(x))
 
-def backward_context(run: Run, L: int) -> int:
-    """The same for what comes before them: the last latents of a window have ft frames each. One
-    frame more lies in a latent that is made: the VAE decodes from the past, so that what is given
-    after a latent does nothing for its frames, and what is given of it does."""
-    ft = run.vae.config.time_factor
-    return L if L <= ft else 1 + ft * min((L - 1) // ft, trained_window(run) // 2)
+        idle = None if actions is None else [torch.zeros_like(done) for done in actions]
+        nothing = self.packed([[NOTHING]] * len(first), idle, given, window.start)
+        guidance = min(self.how.guidance, LATER) if later else self.how.guidance
+        return diffusion.guided(denoise, nothing, guidance)
 
+    def denoise(self, window: Window, generators: list, past: Tensor | None, source) -> Tensor:
+        """From noise to the clean latents of a window [N, Z, t, h, w]. past: latents that it starts
+        with; source: the latents of what is edited, if anything. Known ones stay bit for bit."""
+        run, vae, n, k = self.run, self.run.vae.config, len(window.known), window.past
+        t, h, w = -(-n // run.ft), *(side // vae.space_factor for side in self.video.shape[3:])
 
-def room(run: Run, L: int, task: str) -> int:
-    """How many new frames fit into one window; `task`: new, or extend, backward, loop or connect L
-    given ones."""
-    ft, window = run.vae.config.time_factor, trained_window(run)
-    if task in ("loop", "connect"):  # between two ends; one less, see `backward_context`
-        return max(1, ft * max(1, window - window // 2 - 1) - 1)
-    seen = {"new": lambda *_: 0, "extend": forward_context, "backward": backward_context}[task](
-        run, L
-    )
-    return max(ft, 1 + ft * (window - 1) - seen)
+        def noise() -> Tensor:  # each clip's from a generator of its own
+            eps = [torch.randn(vae.channels, t, h, w, generator=g) for g in generators]
+            return torch.stack(eps).to(run.device)  # [N, Z, t, h, w]
 
-
-@torch.no_grad()
-def generate(
-    run: Run,
-    prompts: list[str],
-    size: tuple[int, int, int],
-    seeds: list[int],
-    steps: int = DEFAULT.steps,
-    guidance: float = DEFAULT.guidance,
-    eta: float = DEFAULT.eta,
-) -> list[np.ndarray]:
-    """Text to video: clips of `size` (T, H, W) in pixels, all of it at once, however long it is."""
-    grid, generators = latent_grid(run, *size), seeded(seeds)
-    x = noise_for(run, generators, grid)
-    level = torch.ones(grid[0], device=run.device)
-    how = Settings(steps, guidance, eta)
-    latent = denoise_window(run, prompts, x, level, level < 1, how, generators)
-    return list(to_uint8(run.vae.decode(latent))[:, :, : size[0]])
-
-
-@torch.no_grad()
-def fill(
-    run: Run,
-    prompts: list[str],
-    clips: np.ndarray,
-    known: np.ndarray,
-    generators: list[torch.Generator],
-    how: Settings = DEFAULT,
-    prompts_end: list[str] | None = None,
-    start: int = 0,
-) -> np.ndarray:
-    """Make the frames that are not known, all at once: clips uint8 [N, C, T, H, W], known [T] bool.
-
-    start: 1 where these frames are not the first of the whole clip. A caption says how a clip sets
-    out: "moving left" may no longer be true of later frames, and the network was trained to know it
-    by the position of the first (see `noisy_context`). Told 0, it believes the caption and not the
-    frames. With prompts_end, the caption changes from the first to the last frame that is made.
-    """
-    grid, ft = latent_grid(run, *clips.shape[2:]), run.vae.config.time_factor
-    x = noise_for(run, generators, grid)
-    x, given, level, held = show_given(run, clips, known, x)
-    first, last = np.flatnonzero(~known)[[0, -1]].tolist()
-    middle = (
-        torch.arange(grid[0], device=run.device) * ft - (ft - 1) / 2
-    )  # of each latent, in frames
-    blend = ((middle - first) / max(1, last - first)).clamp(0, 1)
-    x = denoise_window(
-        run, prompts, x, level, held, how, generators, given, start, prompts_end, blend
-    )
-    made = to_uint8(run.vae.decode(x))[:, :, : len(known)]
-    return np.where(known[:, None, None], clips, made)  # a person's own frames, untouched
-
-
-@torch.no_grad()
-def roll(
-    run: Run,
-    prompts: list[str],
-    grid: tuple[int, int, int],
-    generators: list[torch.Generator],
-    how: Settings = DEFAULT,
-    begin: np.ndarray | None = None,
-    source: Tensor | None = None,
-    strength: float = 1.0,
-    start: int = 0,
-) -> Iterator[Tensor]:
-    """Latents of any duration, a window at a time: yields [N, Z, n, h, w], t in all.
-
-    The first window may begin with given frames, begin [N, C, K, H, W] uint8, and start: see
-    `fill`. Each later one begins with the last latents of the one before, a little noisy
-    (`noisy_context`), and counts time from its own start, so that no position is ever new. All
-    stays in latents: decoding and encoding again at each seam would add up. source [N, Z, t, h, w]:
-    start from this, noised to where the last `strength` of all steps begin (SDEdit). A descriptive
-    prompt says how the first window sets out, and of it the others are told what stays true.
-    """
-    window = trained_window(run)
-    keep, made, context = window // 2, 0, None
-    while made < grid[0]:
-        old = keep if made else 0
-        t = min(window, grid[0] - made + old)
-        eps = noise_for(run, generators, (t, *grid[1:]))
-        level = torch.full((t,), strength, device=run.device)
-        if strength < 1:  # of the schedule, so that it hides as much at every size
-            ratio = token_ratio(run, (t, *grid[1:])) * run.config["shift"]
+        x = eps = noise()
+        area = max(H * W for H, W in run.world["shapes"]) // vae.space_factor**2
+        ratio = max(1.0, t * h * w / (trained_window(run) * area)) * run.config["shift"]
+        level, fixed = torch.full((t,), self.tasks[0].strength), torch.zeros(t, dtype=torch.bool)
+        given = torch.cat([eps, eps[:, :1].expand(-1, run.ft, -1, -1, -1)], dim=1).zero_()
+        if source is not None:  # a level from which the last `strength` of all steps fall
             level = diffusion.shift_level(level, ratio)
-        held, given, x = torch.zeros_like(level, dtype=torch.bool), None, eps
-        if source is not None:
-            part = source[:, :, made - old : made - old + t]
-            x = diffusion.add_noise(part, eps, level[:, None, None])
-        if old:
-            past = torch.cat([context, torch.zeros_like(eps[:, :, old:])], dim=2)
-            other = noise_for(run, generators, (t, *grid[1:]))
-            given = noisy_context(past, old, CONTEXT, other, run.vae.config.time_factor)
-            held = torch.arange(t, device=run.device) < old
-            level = torch.where(held, CONTEXT, level)
-            noisy = diffusion.add_noise(past, eps, level[:, None, None])
-            x = torch.where(held[:, None, None], noisy, x)
-        elif begin is not None:
-            x, given, level, held = show_given(run, begin, np.ones(begin.shape[2], bool), x)
-        x = denoise_window(run, prompts, x, level, held, how, generators, given, start)
-        start, prompts = 1, list(map(data.lasting_caption, prompts))
-        how = replace(how, guidance=min(how.guidance, LATER))
-        context, made = x[:, :, -keep:], made + t - old
-        yield x[:, :, old:]
+            x = diffusion.add_noise(source, eps, level[:, None, None].to(eps))
+        if k:
+            latent = torch.cat([past, torch.zeros_like(eps[:, :, k:])], dim=2)
+            given = noisy_past(latent, k, CONTEXT, noise(), run.ft)
+            fixed[:k], level[:k] = True, CONTEXT
+            noisy = diffusion.add_noise(latent, eps, level[:, None, None].to(eps))
+            x = torch.cat([noisy[:, :, :k], x[:, :, k:]], dim=2)
+        elif window.known.any():
+            known = torch.from_numpy(window.known).expand(len(eps), -1).to(run.device)
+            given, whole = run.vae.encode_known(self.pixels(self.video, window.first, n), known)
+            fixed = whole[0].cpu()  # [t], the same for each clip
+            level = torch.where(fixed, 0.0, level)
+            x = torch.where(whole[:, None, :, None, None], given[:, : vae.channels], x)
+        levels = level_table(self.how.steps, level, fixed, ratio).to(eps)
+        how = self.how.eta, run.config["prediction"], generators
+        return diffusion.sample(self.denoiser(window, given), x, levels, *how)
 
 
-def stream(
-    run: Run,
-    prompts: list[str],
-    size: tuple[int, int, int],
-    seeds: list[int],
-    how: Settings = DEFAULT,
-    begin: np.ndarray | None = None,
-    source: np.ndarray | None = None,
-    strength: float = 1.0,
+# ----------------------------------------------------------------------------------------- all of it
+
+
+@torch.no_grad()
+def complete(
+    run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
 ) -> Iterator[np.ndarray]:
-    """Clips of any duration, as they are made: yields uint8 [N, C, n, H, W], T frames in all, in
-    memory that does not grow. begin, uint8 [N, C, L, H, W]: the first L of them; source: what to
-    edit.
-    """
-    T, H, W = size
-    L = 0 if begin is None else begin.shape[2]
-    seen = forward_context(run, L)  # of the given frames, the last that the model is shown
-    left = T - L
-    if L:
-        yield begin
-    if left <= 0:
-        return
-    grid = latent_grid(run, seen + left, H, W)
-    latent = None
-    if source is not None:
-        missing = 1 + (grid[0] - 1) * run.vae.config.time_factor - T
-        video = np.pad(source, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)), "edge")
-        latent = run.vae.encode(to_float(video).to(run.device))
-    begin, start = begin[:, :, L - seen :] if L else None, int(L > seen)
-    parts = roll(run, prompts, grid, seeded(seeds), how, begin, latent, strength, start)
-    for video in run.vae.decode_stream(parts):
-        made = to_uint8(video)[:, :, seen:][:, :, :left]
-        seen, left = max(0, seen - video.shape[2]), left - made.shape[2]
-        if made.shape[2]:
-            yield made
+    """Tasks of one size, mask and strength, a seed each -> uint8 [N, C, n, H, W] ..., in order: all
+    frames of the clips, the known ones bit for bit. What follows the last known frame comes as it
+    is made, in memory that does not grow. A clip depends on its own task and seed alone."""
+    if len({(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}) != 1:
+        raise ValueError("the tasks of a batch must be of one size, mask and strength")
+    task, plan, vae = tasks[0], windows(tasks[0], run), run.vae
+    T, K = len(task.known), 1 + max(np.flatnonzero(task.known), default=-1)
+    end, source = task.frames or T, None
+    if task.strength == 0:
+        plan, K = [], T
+    batch = Batch(run, tasks, how or settings(task), np.stack([x.clip[:, :K] for x in tasks]))
+    for window in plan:
+        if not window.past:  # else it goes on, and so do its random numbers and the decoder
+            at, cache, latent = window.first, None, None
+            generators = [torch.Generator().manual_seed(seed + window.part) for seed in seeds]
+            if task.strength < 1:
+                n = 1 + -(-(T - at - 1) // run.ft) * run.ft
+                source = vae.encode(batch.pixels([x.clip for x in tasks], at, n))
+        k = -(-(window.first - at) // run.ft)  # its first latent
+        part = None if source is None else source[:, :, k : k + -(-len(window.known) // run.ft)]
+        past = latent[:, :, -window.past :] if window.past else None
+        latent = batch.denoise(window, generators, past, part)
+        video, cache = vae.reconstruct(latent[:, :, window.past :] * vae.std + vae.mean, cache)
+        lo, hi = window.made
+        k = lo - window.first - run.ft * window.past
+        made = to_uint8(video[:, :, k : k + hi - lo])
+        given = np.stack([x.clip[:, lo:hi] for x in tasks])
+        made = np.where(task.known[lo:hi, None, None], given, made)
+        batch.video[:, :, lo:hi] = made[:, :, : max(0, K - lo)]
+        if 0 < K and lo <= K < hi:
+            yield batch.video[:, :, :end]
+        if hi > K:
+            yield made[:, :, max(0, K - lo) : max(0, end - lo)]
+    if K == T:
+        yield batch.video[:, :, :end]
+
+
+def finished(
+    run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
+) -> list[np.ndarray]:
+    """What `complete` makes, put together: a clip uint8 [C, T, H, W] of each task."""
+    return list(np.concatenate(list(complete(run, tasks, seeds, how)), axis=2))
+
+
+# --------------------------------------------------------------------------------- expanded prompts
+
+
+def read_part(run: Run, clips: list[np.ndarray], last: bool) -> list[Tensor] | None:
+    """What the language model sees of known frames: latents [Z, n, h, w] of as many of the first or
+    last as fill them. None if there are none, or if they are larger than what it has learned."""
+    L, H, W = clips[0].shape[1:]
+    if not L or max(H, W) > max(map(max, run.world["shapes"])):
+        return None
+    whole = 1 + (min(L, max(run.world["durations"])) - 1) // run.ft * run.ft
+    part = slice(L - whole, L) if last else slice(whole)
+    return list(run.vae.encode(to_float([clip[:, part] for clip in clips]).to(run.device)))
+
+
+@torch.no_grad()
+def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
+    """Short prompts as the full captions that the DiT was trained on, if it was; they agree with
+    what is known. A full caption says how a clip starts: if the first window does not start with
+    the clip, only what lasts is said, as seen in the known frames beside what is made."""
+    task, plan = tasks[0], windows(tasks[0], run)
+    if not run.language or not plan:
+        return list(tasks)
+    (T, H, W), (lo, hi) = task.clip.shape[1:], plan[0].turn
+    follow = hi + int(np.pad(task.known[hi:], (0, 1)).argmin())  # where known frames end again
+    begins = not (plan[0].start or plan[0].first or follow > hi)
+    sees = slice(lo if task.strength == 1 else T) if lo or begins else slice(hi, follow)
+
+    def told(prompts: list[str], sees: slice, last: bool) -> list[str]:
+        part = read_part(run, [x.clip[:, sees] for x in tasks], last)
+        if begins:
+            return run.language.expand(prompts, (T, H, W), seeds, part)
+        if part is not None:  # also an image is of a clip that moves
+            size = max(2, 1 + (part[0].shape[1] - 1) * run.ft), H, W
+            prompts = run.language.expand(prompts, size, seeds, part, later=True)
+        return list(map(run.lasting, prompts))
+
+    first = told([x.prompts[0] for x in tasks], sees, lo > 0 and not begins)
+    made = [replace(x, prompt=said) for x, said in zip(tasks, first, strict=True)]
+    if any(x.prompt_end is not None for x in tasks):
+        sees = slice(hi, follow) if follow > hi else sees
+        last = told([x.prompts[1] for x in tasks], sees, follow == hi and lo > 0)
+        made = [replace(x, prompt_end=said) for x, said in zip(made, last, strict=True)]
+    return made
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    world = data.Digits(data.WorldConfig())
+    vae, words = VAE(VAEConfig(channels=3, width=16)), Tokenizer([])
+    dit = DiT(DiTConfig(4 * (2 * 3 + 4), 4 * 3, words.size, width=32, depth=1, heads=2))
+    run = Run(vae, dit, words, world.about(), {"patch": 2, "prediction": "x", "shift": 1.0})
+    a, b = (x.pixels[:, :9] for x in world.clips(np.arange(2), frames=9))
+    print(a.shape, b.shape)
+
+
+if __name__ == "__main__":
+    main()

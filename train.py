@@ -4,76 +4,55 @@
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
     python train.py --preset tiny --data FOLDER            # your own videos and images
 
-A preset is a set of defaults, and every one of them is a flag of the same name (--depth 8).
-Progress is one integer, the step: data, noise and learning rate are functions of (seed, step). So
-the same command continues a run that was stopped, bit for bit as if it had not been, on however
-many processes, and there is no random state to save.
+A preset is a set of defaults, and each of them is a flag of the same name (--depth 8). Progress is
+one integer, the step: data, noise and learning rate are functions of (seed, step). So the same
+command continues a run that was stopped, bit for bit as if it had not been, on any number of
+processes, and there is no random state to save.
+
+Four stages, each of which needs the ones before it:
+
+    vae     clips of one size a step       ->  vae.pt
+    items   every clip through the VAE     ->  items/, all that the transformer learns from
+    text    clips that have a caption      ->  text.pt, captions.jsonl for those that have none
+    dit     items and captions             ->  dit.pt, dit.best-*.pt, gallery.gif
+
+A run's folder, out/<preset>, also holds config.json; log.jsonl, a line of figures every few steps,
+and loss.png, its picture; samples/, clips of fixed prompts and seeds as training goes on. `--stage
+export` writes the EMA weights of each .pt as .safetensors.
 
 In reading order: the configuration; the loss of each stage; what is shown; the command line. The
-loop that trains them is loop.py; what the transformer learns from in a step, batches.py. A run's
-folder, out/<preset>, then holds
-
-    vae.pt dit.pt    weights, their moving average (EMA), optimizer, step, and all configuration
-    text.pt          the same of the language model, if it was trained
-    captions.jsonl   what it wrote of clips that had no caption: to read, edit and learn from
-    dit.best-*.pt    the EMA weights of the few checkpoints that did best on clips held back
-    *.safetensors    EMA weights alone, as `--stage export` makes them of each .pt (weights.py)
-    latents/         own clips as `--stage encode` made them, if it did (latents.py)
-    log.jsonl        a line of figures every few steps; loss.png is its picture
-    samples/         clips of fixed prompts and seeds, as training goes on; at its end gallery.gif
+loop is training/loop.py; a step's batch, training/batches.py.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from copy import copy
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-import cost
-import data
 import diffusion
-import latents
 import patches
-import recaption
-import sample
-import weights
-from batches import (
-    FARTHEST,
-    HELD_BACK,
-    Part,
-    Source,
-    captions_of,
-    dit_parts,
-    draw_steps,
-    encode_clips,
-    own_clips,
-    own_rows,
-)
+import prompting
+from data import World, WorldConfig, open_world, sheet
 from dit import DiT, DiTConfig
-from folder import Folder, FolderConfig, read_lines
-from language import LONGEST, LanguageConfig, LanguageModel
-from loop import STOP, Stage, fit, rank, ranks, read_log, seeded
-from prompting import load_language, to_float
-from text import Tokenizer
-from vae import VAE, VAEConfig
+from language import LanguageConfig, LanguageModel, Tokenizer
+from sample import Parser
+from training import batches, checkpoints, cost, items, recaption, words
+from training.loop import STOP, Stage, fit
+from training.plot import plot
+from training.processes import barrier, rank, ranks, seeded
+from vae import VAE, VAEConfig, to_float
+from worlds.media import write_gif
 
-HERE = Path(__file__).parent
-AHEAD = 8  # steps whose batches are made at once
-Clips = data.World | Folder  # an endless, numbered sequence of them
-
-# ------------------------------------------------------------------------------------ configuration
+# ----------------------------------------------------------------------------------- configuration
 
 
 @dataclass
@@ -81,43 +60,31 @@ class Config:
     """Every field is a flag. The defaults are those of the preset `tiny`."""
 
     preset: str = "tiny"
-    stage: str = "all"  # vae, text, dit; all needed; encode (own clips, before dit); or export
-    out: str = ""  # the run's folder; out/<preset> if left out
+    stage: str = "all"  # vae, items, text, dit; all of them; or export
+    out: str = ""  # the run's folder; by default out/<preset>, or out/<world>
     init_from: str = ""  # another run's folder, or a file of weights: what training starts from
-    mnist: str = ""  # a folder with the IDX files of the full MNIST, to use instead of digits.png
     seed: int = 0
-    # own clips (folder.py)
-    data: str = ""  # a folder of videos and images to learn from, instead of the world below
+    # where clips come from (data.py, worlds/)
+    world: str = "digits"  # or another file of worlds/, or a folder of videos and images
+    data: str = ""  # the same: a folder of videos and images
     fps: int = 10  # frames a second, in training and of what is sampled
-    pixels: int = 1024  # of a frame, about: larger ones are scaled down, and keep their shape
-    workers: int = 2  # processes that decode
-    encodings: int = 1  # times that each clip is encoded: with other given frames each time
-    # the world (data.py)
+    durations: tuple[int, ...] = (9, 17)  # frames of videos; of a folder, the longest counts
+    pixels: int = 1024  # of a folder's frames, about: larger ones are scaled down
+    shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # of digits
     digit: int = 14  # pixels; a digit's box
-    durations: tuple[int, ...] = (9, 17)  # frames of videos
-    shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # height x width
-    image_shapes: tuple[str, ...] = ("16x16", "24x24")  # more shapes, of images only
-    two_digits: float = 0.5  # share of the clips
-    images: float = 0.3  # share of the clips that are single frames
+    workers: int = 2  # processes that make clips
     # the VAE (vae.py)
     channels: int = 3
     time_factor: int = 4
     space_factor: int = 4
     vae_width: int = 64
-    encoder_depth: int = 2
-    decoder_depth: int = 3
-    kl: float = 1e-3
     vae_steps: int = 1000
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
-    # captions, and the language model that writes them (recaption.py, language.py)
-    captions: str = "recaptioned"  # what the transformer learns from: prompts, noisy or recaptioned
-    labelled: float = 0.1  # share of the clips that have a descriptive caption
-    short: float = 0.1  # share of the clips that keep their short caption where recaptioned
-    train_clips: int = 20_000  # of the world, to learn from again and again; of prompts: endless
+    # captions, and the language model that writes them (training/recaption.py, language.py)
+    captions: str = "recaptioned"  # or written: learn from what came with the clips
+    items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
-    text_depth: int = 3
-    text_heads: int = 4
     text_steps: int = 1000
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
@@ -131,131 +98,219 @@ class Config:
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
+    images: float = 0.3  # share of the clips that are single frames
     image_phase: float = 0.2  # share of the steps, at the start, that see images only
-    dropout: float = 0.1  # share of the captions that are dropped, for classifier-free guidance
-    given: float = 0.3  # share of the clips in which some frames are given
-    later: float = 0.15  # share of the clips that are windows from later on, their past given
+    given: float = 0.3  # share of the clips in which some frames are known
+    later: float = 0.15  # share of the clips that are windows from later on and see their past
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
-    rope_base: float = 10.0  # larger for larger grids (dit.py)
-    # either training
-    warmup: float = 0.03  # share of the steps in which the learning rate rises
+    rope_base: float = 10.0  # larger for larger grids (attention.py)
+    # every training
     ema: float = 0.99
-    clip: float = 1.0  # the most that the gradient's norm may be
-    # Parts in which a process does its share of a step, one after the other, to take less memory. A
-    # process alone on a CPU does them side by side, which is faster. 0: two there, one elsewhere
-    accumulate: int = 0
+    accumulate: int = 1  # parts in which a process does its share of a step, to take less memory
     shard: bool = False  # FSDP2: the transformer's weights are spread over all processes
-    compile: bool = False  # the transformer's blocks: faster on a GPU, after a minute or so
-    recompute: bool = False  # the backward pass makes activations again: slower, far less memory
+    compile: str = "auto"  # the transformer's blocks, where PyTorch finds a compiler; yes or no
+    recompute: bool = False  # make activations again in the backward pass: slower, far less memory
     save_every: int = 200  # steps
     keep: int = 2  # of the transformer's checkpoints, as dit.best-<step>.pt; 0: only the last
     sample_every: int = 500  # steps
-    # what it would cost (cost.py)
+    # what it would cost (training/cost.py)
     dry_run: bool = False  # say it, and train nothing
     gpu: str = "h100"
     gpus: int = 1
-    mfu: float = 0.4  # the share of the GPU's peak that is reached
-    clips: int = 0  # how many to see; as many as in `steps` if left out
 
-    def world(self) -> "data.WorldConfig":  # quoted: here `data` is the field above
-        shapes, more = (
-            tuple(tuple(int(side) for side in shape.split("x")) for shape in group)
-            for group in (self.shapes, self.image_shapes)
-        )
-        durations, images, two = self.durations, self.images, self.two_digits
-        return data.WorldConfig(self.digit, durations, images, shapes, more, two)
+    @property
+    def kind(self) -> str:
+        return self.data or self.world
 
-
-# --------------------------------------------------------------------------------- stage 1: the VAE
+    @property
+    def folder(self) -> Path:
+        name = self.preset if self.kind == "digits" else Path(self.kind).stem
+        return Path(self.out or f"out/{name}")
 
 
-def vae_batch(
-    vae: VAE, world: Clips, c: Config, step: int, part: int
-) -> tuple[Tensor, Tensor, float]:
-    """Clips of one size, another one each step, in all as many pixels as there fit. Of them this
-    part: video [B, C, T, H, W], noise [B, Z, t, h, w], and its share in the mean over all."""
-    part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
-    clips, share = world.batch(step, part, parts, c.vae_batch)
-    video, device = to_float(clips), vae.mean.device
-    grid = vae.grid(*video.shape[2:])
-    whole = 4 * (c.vae_batch + parts)  # each clip's noise is its own, whoever has it
-    noise = torch.randn(whole, c.channels, *grid, generator=seeded(c.seed, 1, step))[part::parts]
-    return video.to(device), noise[: len(video)].to(device), share
+# What differs from `tiny`. In the comments: parameters of the transformer, the first shape. "small"
+# is for one GPU or a patient CPU; the larger ones are DiT's B, L and XL, for many GPUs.
+SMALL = dict(patch=1, channels=8, space_factor=8, digit=28, pixels=4096, vae_batch=16, lr=3e-3,
+             shapes=("64x64", "48x80", "80x48", "64x96", "96x64"), vae_lr=3e-3)  # fmt: skip
+BASE = dict(channels=16, space_factor=8, digit=56, pixels=16384, lr=1e-3, rope_base=100.0, items=0,
+            shapes=("128x128", "96x160", "160x96", "128x192", "192x128"), vae_lr=1e-3,
+            tokens=4096, vae_steps=100_000)  # fmt: skip
+PRESETS = {
+    "tiny": {},  # 2.0 M, 32 x 32
+    "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
+                          vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
+    "base": BASE | dict(width=768, depth=12, heads=12, vae_width=128, vae_batch=32, rows=16,
+                        vae_lr=2e-3, vae_steps=50_000, steps=200_000),  # 133 M, 128 x 128
+    "large": BASE | dict(width=1024, depth=24, heads=16, vae_width=192, vae_batch=64, rows=32,
+                         steps=300_000),  # 462 M
+    "xl": BASE | dict(width=1152, depth=28, heads=16, vae_width=256, vae_batch=64, rows=32,
+                      tokens=8192, steps=400_000),  # 680 M
+    "3b": BASE | dict(width=2304, depth=32, heads=18, vae_width=384, vae_batch=128, rows=64,
+                      tokens=8192, lr=5e-4, steps=400_000),  # 3,099 M
+}  # fmt: skip
 
 
-# ---------------------------------------------------------------------- stage 2: the language model
+def parse(argv: list[str] | None = None) -> Config:
+    """The preset's values, and the flags that say otherwise."""
+
+    def many(kind):
+        return lambda text: tuple(kind(part) for part in text.split(","))
+
+    parser = Parser("train.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        value, how = field.default, {"default": None}  # None: as the preset says
+        how["type"] = many(type(value[0])) if isinstance(value, tuple) else type(value)
+        if isinstance(value, bool):
+            how = {"action": BooleanOptionalAction, "default": None}
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        parser.add_argument("--" + field.name.replace("_", "-"), help=f"tiny: {text}", **how)
+    said = vars(parser.parse_args(argv))
+    said = {name: value for name, value in said.items() if value is not None}
+    preset = said.get("preset", "tiny")
+    if preset not in PRESETS:
+        parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
+    return replace(Config(), **(PRESETS[preset] | said))
 
 
-Lessons = tuple[list, int]  # of each (clips, prompts, captions to write); all their tokens
+def check(c: Config) -> None:
+    """What would fail only later, or not at all, and never with a good sentence."""
+    one_of = {"stage": ("all", "vae", "items", "text", "dit", "export"),
+              "captions": ("recaptioned", "written"), "prediction": diffusion.PREDICTIONS,
+              "compile": ("auto", "yes", "no"), "gpu": tuple(cost.GPUS)}  # fmt: skip
+    for name, choices in one_of.items():
+        if getattr(c, name) not in choices:
+            raise ValueError(f"--{name} {getattr(c, name)}: {', '.join(choices)}")
+    many = (c.gpus if c.dry_run else int(os.environ.get("WORLD_SIZE", 1))) * c.accumulate
+    least = dict.fromkeys("steps vae_steps text_steps text_batch tokens save_every sample_every "
+                          "accumulate gpus fps pixels digit channels time_factor".split(), 1)
+    least |= {"keep": 0, "items": 0, "workers": 0, "seed": 0, "rows": many, "vae_batch": many}
+    for name, low in least.items():
+        if getattr(c, name) < low:
+            why = f": one for each of {many} parts" if low > 1 else ""
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least {low}{why}")
+    for name in ("images", "image_phase", "given", "later", "ema"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: a share, from 0 to 1")
+    for name in ("lr", "vae_lr", "text_lr", "shift", "rope_base"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: above 0")
+    if c.width % (2 * c.heads):
+        raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
+    if c.text_width % 64:
+        raise ValueError(f"--text-width {c.text_width}: a multiple of 64")
+    if Path(c.init_from).is_file() and c.stage not in ("vae", "text", "dit"):
+        raise ValueError(f"--init-from {c.init_from}: of one network: --stage vae, text or dit")
+    if c.shard and "RANK" not in os.environ and not c.dry_run:
+        raise ValueError("--shard spreads weights over processes: start them with torchrun")
 
 
-def text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
-    """Labelled clips of one size, another one each step; a third of them beside their short
-    captions, of half of these how they go on, and some asking for another digit; and short captions
-    of others, of any sizes. This part of them, and how many tokens there are in all parts.
-
-    Of a clip that comes with a short caption all is shown half of the time, as captions are
-    written; else its beginning, which is what users give."""
-    world, tokenizer = source.world, source.tokenizer
-    images = step < 0.25 * c.text_steps or step % 5 == 0  # small images teach digits sooner
-    size = world.size([step], images=float(images))[0]
-    count = world.as_many(c.text_batch, size)
-    index = recaption.labelled_clips(world, step, 4 * c.text_batch, c.labelled)
-    others, index = index[: 2 * c.text_batch], index[:count]
-    again, u = index[::3], np.random.default_rng([c.seed, 10, step]).random((len(index[::3]), 6))
-    later = c.time_factor * (1 + (u[:, 1] * FARTHEST).astype(int))  # frames
-    later *= (u[:, 0] < 0.5) & (size[0] > 1)
-    other = ((u[:, 4] < 0.25) & (later == 0)) * (1 + (u[:, 5] * 9).astype(int))
-    share = np.where(u[:, 2] < 0.5, u[:, 3], 1.0)  # of a clip's latents that are shown
-    sizes = np.tile(size, (count, 1))
-    captions = recaption.told_and_written(world, tokenizer, index, sizes)[1]
-    beside = again, sizes[::3], later, other
-    briefs, texts = recaption.told_and_written(world, tokenizer, *beside)
-    told, answers = recaption.told_and_written(world, tokenizer, others, world.size(others))
-    tokens = sum(len(text) + 1 for text in captions + texts + answers)  # with each END
-    part = slice(rank() * c.accumulate + part, None, ranks() * c.accumulate)
-    seen = recaption.encoded(source.vae, world, index[part], sizes[part])
-    parts = recaption.encoded(source.vae, world, again[part], sizes[::3][part], later[part])
-    parts = [z[:, : 1 + int(x * len(z[0]))] for z, x in zip(parts, share[part], strict=True)]
-    lessons = [
-        (seen, [], captions[part]),
-        (parts, briefs[part], texts[part]),
-        ([], told[part], answers[part]),
-    ]
-    return lessons, tokens
+def make_world(c: Config) -> World:
+    """The first process looks at new files; the others wait, and then find what it found."""
+    try:
+        shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in c.shapes)
+    except ValueError:
+        raise ValueError(f"--shapes {','.join(c.shapes)}: like 32x32,24x40") from None
+    multiple = c.space_factor * c.patch
+    small = [max(c.digit, k * shapes[0][0] // 4) for k in (2, 3)]  # of images only, to learn sooner
+    images = tuple((multiple * -(-side // multiple),) * 2 for side in small)
+    config = WorldConfig(c.kind, c.seed, c.durations, shapes, images, c.fps, c.digit,
+                         pixels=c.pixels, multiple=multiple, unit=c.time_factor)  # fmt: skip
+    if rank():
+        barrier()
+    world = open_world(config)
+    if rank() == 0:
+        barrier()
+    numbers, vae = np.arange(len(world)), make_vae(c, world)
+    for size in np.unique(np.concatenate([world.sizes(numbers, x) for x in (False, True)]), axis=0):
+        if (count := patches.token_count(vae.grid(*size.tolist()), c.patch)) >= c.tokens:
+            raise ValueError(
+                f"a clip of {' x '.join(map(str, size))} has {count} tokens, and --tokens is "
+                f"{c.tokens}: raise that, or lower --pixels or --durations"
+            )
+    return world
 
 
-def own_text_batch(source: Source, c: Config, step: int, part: int) -> Lessons:
-    """The same of own clips, all of which have a caption. Nobody wrote a short and a long one of
-    the same clip, so that there is no expander."""
-    part, parts = rank() * c.accumulate + part, ranks() * c.accumulate
-    world, tokenizer = source.world, source.tokenizer
-    groups = world.taught(step, parts, c.text_batch)
-
-    def told(index: np.ndarray) -> list[list[int]]:
-        return [tokenizer.encode(said)[: LONGEST - 1] for said in world.captions(index)]
-
-    tokens = sum(len(text) + 1 for index, _ in groups for text in told(index))
-    coming = [world.taught(step + k, parts, c.text_batch)[part] for k in range(8)]
-    for index, size in coming:
-        clips = world.clips(index, size)[0]
-        here = [j for j, number in enumerate(index.tolist()) if number not in world.lost]
-        if here:  # else the whole group is broken: the next one instead
-            break
-    else:
-        raise ValueError(f"{world.root}: not one of many clips can be read any more")
-    world.prefetch(*coming[1])  # decoded while we learn
-    video = to_float([clips[j] for j in here]).to(source.vae.mean.device)
-    with torch.no_grad():
-        seen = list(source.vae.encode(video))  # [Z, t, h, w] each
-    return [(seen, [], told(index[here]))], tokens
+def make_vae(c: Config, world: World) -> VAE:
+    return VAE(VAEConfig(world.colors, c.channels, c.time_factor, c.space_factor, c.vae_width))
 
 
-# --------------------------------------------------------------------------------- stage 3: the DiT
+def make_text(c: Config, vocabulary: int) -> LanguageModel:
+    shape = {"width": c.text_width, "heads": c.text_width // 32}
+    return LanguageModel(LanguageConfig(c.channels, c.patch, vocabulary, **shape))
 
 
-def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor, dict]:
-    """The error over the patches of this part, of frames that are not given, divided by how many
+def make_dit(c: Config, vocabulary: int, world: World) -> DiT:
+    inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
+    size = (vocabulary, c.width, c.depth, c.heads, c.rope_base)
+    return DiT(DiTConfig(inputs, outputs, *size, len(world.actions), c.time_factor))
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+
+def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> None:
+    torch.manual_seed(c.seed)  # initial weights
+    vae = make_vae(c, world)
+    checkpoints.begin_with(vae, checkpoints.starting_from(c, c.folder, "vae"))
+    every = np.flatnonzero(~world.held_back(np.arange(len(world))))
+    sizes = {image: world.sizes(every, image) for image in (False, True)}
+    largest = int(sizes[False].prod(1).max())
+
+    def batch(step: int) -> list[tuple[Tensor, Tensor, float]]:
+        """Clips of one size, another one each step, in every eighth step images: a video's first
+        frame is an image to a causal VAE. A part is video, noise, and its share in the mean."""
+        image = step % 8 == 0
+        pick = batches.same_size(sizes[image], step, c.seed, c.vae_batch, largest)
+        grid, made = vae.grid(*sizes[image][pick[0]].tolist()), []
+        noise = torch.randn(len(pick), c.channels, *grid, generator=seeded(c.seed, 1, step))
+        for part in range(rank() * c.accumulate, (rank() + 1) * c.accumulate):
+            mine = slice(part, None, ranks() * c.accumulate)
+            clips = world.clips(every[pick[mine]], image)
+            here = [k for k, clip in enumerate(clips) if clip is not None]
+            video = torch.from_numpy(np.stack([clips[k].pixels for k in here]) if here else
+                                     np.zeros((0, world.colors, *sizes[image][pick[0]]), np.uint8))
+            made.append((video, noise[mine][here], len(here) / len(pick)))
+        return made
+
+    def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
+        video, noise, share = part
+        mean, logs = model(to_float(video.to(device)), noise.to(device))
+        return mean * share, logs
+
+    def measure(averaged: VAE) -> None:
+        parts = (batch(step)[0][0] for step in range(10**6 + 1, 10**6 + 8))
+        averaged.measure_statistics(to_float(video.to(device)) for video in parts)
+
+    def steps(first: int) -> Iterator[list]:
+        return batches.in_order(batch, first, c.vae_steps, c.workers)
+
+    facts = facts | {"model": asdict(vae.config)}
+    fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),
+        c, c.folder, device)  # fmt: skip
+
+
+def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.device) -> None:
+    start = checkpoints.starting_from(c, c.folder, "text")
+    tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world).words)
+    torch.manual_seed(c.seed + 2)  # initial weights
+    model = make_text(c, tokenizer.size)
+    checkpoints.begin_with(model, start)
+
+    def steps(first: int) -> Iterator[list]:
+        for step in range(first, c.text_steps):
+            yield recaption.lessons(world, vae, tokenizer, c, step)
+
+    def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
+        """The sum over this part's tokens, divided by how many there are in all parts."""
+        lessons, tokens = part
+        return model(lessons)[0] / tokens, {"tokens": tokens}
+
+    facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
+    fit(Stage("text", model, c.text_steps, c.text_lr, steps, loss, facts), c, c.folder, device)
+
+
+def dit_loss(model: nn.Module, part: batches.Part, c: Config, step: int) -> tuple[Tensor, dict]:
+    """The error over the patches of this part, of frames that are not known, divided by how many
     such patches there are on all processes: shares that add up to the mean over patches."""
     packed, levels = part.packed, part.levels
     tokens = packed.tokens.unflatten(-1, (c.patch**2, -1))  # [B, L, p p, Z + Z + ft]
@@ -278,160 +333,167 @@ def dit_loss(model: nn.Module, part: Part, c: Config, step: int) -> tuple[Tensor
     return error.sum() / part.patches, logs
 
 
-def held_back(source: Source, c: Config) -> tuple[int, list[Part]]:
-    """A step that no training gets to, and this process's parts of it: a loss on these, with their
-    fixed noise, tells which checkpoint is better. Of own clips none is held back: they are the
-    first of the first epoch, of any size."""
-    if not c.data:
-        return HELD_BACK, dit_parts(replace(source, written=None), c, HELD_BACK, 1)[0]
-    world = copy(source.world)
-    world.starts = [0]  # it counts for itself
-    return 0, dit_parts(replace(source, world=world), replace(c, image_phase=0.0), 0, 1)[0]
+def train_dit(
+    c: Config, world: World, facts: dict, source: batches.Source, run: prompting.Run
+) -> None:
+    start, device = checkpoints.starting_from(c, c.folder, "dit"), run.vae.mean.device
+    torch.manual_seed(c.seed + 1)  # initial weights
+    dit = make_dit(c, run.tokenizer.size, world)
+    checkpoints.begin_with(dit, start)
+    dit.recompute = c.recompute
+    if c.compile == "yes" or c.compile == "auto" and can_compile(device):
+        for block in dit.blocks:
+            block.compile()
+    aside = []  # what is only measured on
+
+    def steps(first: int) -> Iterator[list]:
+        workers = c.workers if device.type == "cuda" else 0
+        return batches.in_order(lambda step: batches.parts(source, step), first, c.steps, workers)
+
+    def loss(model: nn.Module, part: batches.Part, step: int) -> tuple[Tensor, dict]:
+        return dit_loss(model, part.to(device), c, step)
+
+    def measure(averaged: nn.Module) -> float:
+        """The loss on clips held back, with fixed noise."""
+        aside.extend([] if aside else batches.parts(source, batches.HELD_BACK))
+        return sum(loss(averaged, part, batches.HELD_BACK)[0].item() for part in aside)
+
+    def show(averaged: DiT, step: int) -> None:
+        said, size = world.prompts(12), (max(world.durations), *world.shapes[0])
+        said = [(prompt, size) for prompt, _ in said[::2] + said[-1:]]
+        gallery(replace(run, dit=averaged), said, f"samples/{step:06d}.gif", 12)
+
+    facts = facts | {"model": asdict(dit.config), "words": run.tokenizer.words}
+    stage = Stage("dit", dit, c.steps, c.lr, steps, loss, facts, show, measure=measure, large=True)
+    averaged = fit(stage, c, c.folder, device)
+    if rank() == 0:
+        gallery(replace(run, dit=averaged), world.prompts(12), "gallery.gif")
 
 
-# ------------------------------------------------------------------------------------ what is shown
+def can_compile(device: torch.device) -> bool:
+    """Whether PyTorch finds what it compiles with; says so."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        found = device.type == "cuda" or get_cpp_compiler()
+    except Exception:
+        found = ""
+    if rank() == 0:
+        print("compiling" if found else "no C++ compiler: nothing is compiled", flush=True)
+    return bool(found)
 
 
-def draw_loss(out: Path, width: int = 900, height: int = 300) -> None:
-    """loss.png: both losses on a logarithmic scale, smoothed a little."""
-    names = list(dict.fromkeys(line["stage"] for line in read_log(out)))
-    picture = Image.new("RGB", (width, (height + 40) * len(names) + 10), (24, 24, 32))
-    pen = ImageDraw.Draw(picture)
-    for k, name in enumerate(names):
-        lines = [line for line in read_log(out) if line["stage"] == name]
-        lines = [line for line in lines if np.isfinite(line["loss"])]
-        if not lines:
-            continue
-        value = np.log10(np.maximum([line["loss"] for line in lines], 1e-9))
-        window = max(1, len(value) // 50)
-        smooth = np.convolve(
-            np.pad(value, (window - 1, 0), "edge"), np.ones(window) / window, "valid"
-        )
-        x = 10 + (width - 20) * np.array([line["step"] for line in lines]) / lines[-1]["step"]
-        low, high = value.min(), max(value.max(), value.min() + 1e-3)
-        top = 30 + k * (height + 40)
-        for curve, color in ((value, (70, 90, 120)), (smooth, (255, 190, 80))):
-            y = top + height * (high - curve) / (high - low)
-            pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=color, width=2)
-        title = f"{name}: loss from {10**high:.3g} down to {10**low:.3g}, {lines[-1]['step']} steps"
-        pen.text((10, top - 20), title, fill=(255, 255, 255))
-    part = out / ".loss.part.png"
-    picture.save(part)
-    os.replace(part, out / "loss.png")
+# ---------------------------------------------------------------------------------- what is shown
 
 
-GALLERY = [  # prompts of the last page of training; the sizes take turns
-    "a 0 moving left", "a 1 moving right", "a 2 moving up", "a 3 moving down",
-    "a 4 moving right", "a 5 moving left", "a 6 moving down", "a 7 moving up",
-    "an 8 moving left", "a 9 moving right", "a 3 moving up and an 8 moving right",
-    "a 7 moving left and a 1 moving right",
-]  # fmt: skip
-
-
-def shown(world: Clips) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Prompts, and a size (T, H, W) for each. Of own clips, captions and sizes of eight."""
-    if isinstance(world, Folder):
-        index = np.arange(8)
-        return world.captions(index), list(map(tuple, world.size(index, images=0.0).tolist()))
-    sizes, durations, shapes = [], world.config.durations[::-1], world.config.shapes
-    for k, prompt in enumerate(GALLERY):
-        shape = shapes[k % len(shapes)] if " and " not in prompt else shapes[-1 - k % 2]
-        sizes.append((durations[k % len(durations)], *shape))
-    return GALLERY, sizes
-
-
-def write_page(run: sample.Run, path: Path, clips: list[np.ndarray], prompts: list[str]) -> None:
-    """All clips beside each other; small ones are enlarged, long prompts cut short."""
+def gallery(run: prompting.Run, said: list, name: str, steps: int = 0) -> None:
+    """Clips of prompts and sizes, playing side by side; short ones start again."""
+    c, clips = Config(**run.config), [None] * len(said)
+    for size in dict.fromkeys(size for _, size in said):
+        group = [k for k, (_, other) in enumerate(said) if other == size]
+        tasks = [prompting.new(run, size, said[k][0]) for k in group]
+        how = prompting.settings(tasks[0])
+        how = replace(how, steps=steps or how.steps)
+        tasks = prompting.expand(run, tasks, group)
+        for k, clip in zip(group, prompting.finished(run, tasks, group, how), strict=True):
+            clips[k] = clip
+    titles = [x if len(x) <= 28 else x[:25] + "..." for x, _ in said]
     scale = min(4, max(1, 192 // max(max(clip.shape[2:]) for clip in clips)))
-    prompts = [prompt if len(prompt) <= 60 else prompt[:57] + "..." for prompt in prompts]
-    fps = run.config["fps"] if run.config["data"] else 6  # slow enough to see what digits do
-    sample.write_gallery(path, sample.gallery(clips, prompts, scale=scale), fps)
+    pages = [
+        sheet([clip[:, [t % clip.shape[1]]] for clip in clips], titles, columns=4, scale=scale)
+        for t in range(max(clip.shape[1] for clip in clips))
+    ]
+    write_gif(c.folder / name, pages, 6 if run.world["config"]["kind"] == "digits" else c.fps)
+    if not steps:
+        print(f"wrote {c.folder / name}")
 
 
-def preview(run: sample.Run, world: Clips, path: Path, steps: int = 12) -> None:
-    """A few clips of fixed prompts and seeds, to watch them get better."""
-    T, (H, W) = max(world.config.durations), world.config.shapes[0]
-    prompts = shown(world)[0][::2] + shown(world)[0][-1:]
-    seeds = list(range(len(prompts)))
-    told = sample.expand(run, prompts, (T, H, W), seeds)
-    clips = sample.generate(run, told, (T, H, W), seeds, steps=steps)
-    write_page(run, path, clips, prompts)
+def draw_loss(out: Path) -> None:
+    """loss.png: the loss of every stage, on a logarithmic scale."""
+    panels = {}
+    for line in checkpoints.read_log(out):
+        if np.isfinite(line["loss"]) and line["loss"] > 0:
+            curve = panels.setdefault(f"{line['stage']}: loss by step", {"loss": ([], [])})["loss"]
+            curve[0].append(line["step"])
+            curve[1].append(line["loss"])
+    if panels:
+        part = out / ".loss.part.png"
+        plot(panels, log_y=True).save(part)
+        os.replace(part, out / "loss.png")
 
 
-def gallery(run: sample.Run, world: Clips, path: Path) -> None:
-    """Every prompt of `shown`, each in another size and duration."""
-    prompts, sizes = shown(world)
-    told = [sample.expand(run, [prompts[k]], sizes[k], [k]) for k in range(len(sizes))]
-    clips = [sample.generate(run, told[k], sizes[k], seeds=[k])[0] for k in range(len(sizes))]
-    write_page(run, path, clips, prompts)
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-# The columns in which they differ. "small" is for one GPU or a patient CPU; the larger ones are
-# DiT's B, L and XL, for many GPUs.
-COLUMNS = (
-    "width depth heads patch channels space_factor vae_width vae_batch digit rows tokens lr "
-    "rope_base vae_lr vae_steps steps"
-)
-PRESETS = {  # the comments: parameters of the diffusion transformer, and the world's first shape
-    "tiny":  (),  # the defaults of Config: 2.0 M, 32 x 32
-    "small": (384, 12, 6, 1, 8, 8, 96, 16, 28, 16, 1024, 3e-3, 10.0, 3e-3, 5_000, 20_000),
-    "base":  (768, 12, 12, 2, 16, 8, 128, 32, 56, 16, 4096, 1e-3, 100.0, 2e-3, 50_000, 200_000),
-    "large": (1024, 24, 16, 2, 16, 8, 192, 64, 56, 32, 4096, 1e-3, 100.0, 1e-3, 100_000, 300_000),
-    "xl":    (1152, 28, 16, 2, 16, 8, 256, 64, 56, 32, 8192, 1e-3, 100.0, 1e-3, 100_000, 400_000),
-    "3b":    (2304, 32, 18, 2, 16, 8, 384, 128, 56, 64, 8192, 5e-4, 100.0, 1e-3, 100_000, 400_000),
-}  # fmt: skip
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """The preset's values, and the flags that say otherwise."""
-
-    def many(kind):
-        return lambda text: tuple(kind(part) for part in text.split(","))
-
-    def shape(text: str) -> str:
-        height, width = map(int, text.split("x"))
-        return f"{height}x{width}"
-
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="tiny")
-    preset = first.parse_known_args(argv)[0].preset
-    parser = sample.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if preset not in PRESETS:
-        parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
-    scale = 1 if preset == "tiny" else 2 if preset == "small" else 4
-    defaults = asdict(Config()) | dict(zip(COLUMNS.split(), PRESETS[preset], strict=False))
-    defaults["pixels"] *= scale**2
-    for name in ("shapes", "image_shapes"):  # bigger digits in a bigger world
-        sides = [[int(x) * scale for x in shape.split("x")] for shape in defaults[name]]
-        defaults[name] = tuple(f"{h}x{w}" for h, w in sides)
-    for field in fields(Config):
-        flag, value = "--" + field.name.replace("_", "-"), defaults[field.name]
-        kind = many(type(value[0])) if isinstance(value, tuple) else type(value)
-        kind = many(shape) if "shapes" in field.name else kind
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        how = {"type": kind}
-        if isinstance(value, bool):
-            how, shown = {"action": argparse.BooleanOptionalAction}, "no"
-        parser.add_argument(flag, default=value, help=f"default: {shown}", **how)
-    c = Config(**vars(parser.parse_args(argv)))
-    elsewhere = c.dry_run or "RANK" in os.environ or torch.cuda.is_available()
-    most = min(torch.get_num_threads(), c.rows, c.vae_batch, c.text_batch)
-    best = 1 if elsewhere else max(1, min(2, most))
-    return replace(c, accumulate=c.accumulate or best)
+# ----------------------------------------------------------------------------------- command line
 
 
 def main(c: Config) -> None:
     check(c)
-    out = Path(c.out or f"out/{c.preset}")
     if c.dry_run:
         return print(dry_run(c))
     if c.stage == "export":
-        return print("wrote", ", ".join(map(str, weights.export(out))))
+        return print("wrote", ", ".join(map(str, checkpoints.export(c.folder))))
+    device = start_processes()
+    world = make_world(c)
+    (c.folder / "samples").mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        part = c.folder / "config.part"
+        part.write_text(json.dumps(asdict(c), indent=2) + "\n")
+        os.replace(part, c.folder / "config.json")
+    facts = {"world": world.about(), "config": asdict(c)}
+    try:
+        stages(c, world, facts, device)
+    finally:
+        world.close()
+    if rank() == 0:
+        draw_loss(c.folder)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
+    if c.stage in ("all", "vae"):
+        train_vae(c, world, facts, device)
+    if c.stage == "vae":
+        return
+    vae = prompting.load_vae(c.folder, device)
+    made = items.make_items(world, vae, c, c.folder / "items")
+    if c.stage == "items":
+        return
+    said, language = words.words_of(world, made), None
+    lacking, some = words.missing(c, made, said), any(clip.caption for clip in said)
+    if c.stage in ("all", "text") and lacking and some:
+        train_text(c, world, facts, vae, device)
+        language = prompting.load_language(c.folder, device)
+        with prompting.bf16(device):
+            words.caption_items(language, c, made, said, c.space_factor)
+    if c.stage == "text":
+        return
+    captions = words.captions_of(world, c, made, said)
+    start = checkpoints.starting_from(c, c.folder, "dit")
+    tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world).words)
+    texts = [tokenizer.encode(x) for x in captions]
+    source = batches.Source(made, texts, world.held_back(made["number"]), c)
+    run = prompting.Run(vae, None, tokenizer, world.about(), asdict(c), language)
+    train_dit(c, world, facts, source, run)
+
+
+def dry_run(c: Config, steps: int = 4) -> str:
+    """What the DiT's training would cost, from the clips of some steps at its end."""
+    world, some = make_world(c), replace(c, items=min(c.items or 5000, 5000))
+    made = items.Items.planned(world, make_vae(c, world), some)
+    said = [clip.caption or clip.brief for clip in words.words_of(world, made)]
+    tokenizer = recaption.make_tokenizer(world)
+    with torch.device("meta"):  # shapes without numbers
+        networks = {"vae": make_vae(c, world), "dit": make_dit(c, tokenizer.size, world)}
+    source = batches.Source(made, list(map(tokenizer.encode, said)), np.zeros(len(made), bool), c)
+    drawn = [batches.draw_step(source, step)[0] for step in range(max(0, c.steps - steps), c.steps)]
+    lengths = [[len(x.text) + x.patches * len(x.free) for x in clips] for clips in drawn]
+    texts = [sum(len(x.text) for x in clips) for clips in drawn]
+    frames = [sum(1 + len(x.free) for x in clips) for clips in drawn]
+    return cost.report(networks, lengths, texts, frames, c)
+
+
+def start_processes() -> torch.device:
+    """This process's device; with torchrun, it joins the others. Signals ask to stop."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -440,334 +502,7 @@ def main(c: Config) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
-    world = make_world(c)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        part = out / "config.part"
-        part.write_text(json.dumps(asdict(c), indent=2) + "\n")
-        os.replace(part, out / "config.json")
-    facts = {"world": asdict(world.config), "config": asdict(c)}
-    with closing(world):
-        if c.stage in ("vae", "all"):
-            train_vae(c, world, facts, out, device)
-        if c.stage == "text" or (c.stage, c.captions) == ("all", "recaptioned"):
-            if c.data:
-                caption_folder(c, world, facts, out, device)
-            else:
-                train_text(c, world, facts, out, device)
-                if c.captions == "recaptioned":
-                    caption_world(c, world, out, device)
-        if c.stage == "encode":
-            encode(c, world, out, device)
-        if c.stage in ("dit", "all"):
-            train_dit(c, world, facts, out, device)
-    if rank() == 0:
-        draw_loss(out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def dry_run(c: Config, steps: int = 4) -> str:
-    """What the DiT's training would cost, from the clips of some steps at its end."""
-    world = make_world(c)
-    tokenizer = make_tokenizer(world, c)
-    with torch.device("meta"):  # shapes without numbers
-        networks = {"vae": make_vae(c), "dit": make_dit(c, tokenizer.size)}
-    first, source = max(0, c.steps - steps), Source(networks["vae"], tokenizer, world)
-    drawn = [clips for clips, _ in draw_steps(source, c, first, c.steps - first)]
-    lengths = [[clip.tokens for clip in clips] for clips in drawn]
-    words = [sum(len(clip.text) for clip in clips) for clips in drawn]
-    frames = [sum(1 + len(clip.free) for clip in clips) for clips in drawn]
-    return cost.report(networks, lengths, words, frames, c)
-
-
-def make_world(c: Config) -> Clips:
-    if c.data:
-        return open_folder(c)
-    sheet = data.load_mnist(c.mnist) if c.mnist else data.load_digits(HERE / "digits.png")
-    return data.World(c.world(), *data.split(*sheet, held_out=False), c.seed)
-
-
-def open_folder(c: Config) -> Folder:
-    """The first process looks at new files; the others wait, and then find them in the index."""
-    config = FolderConfig(
-        c.fps, max(c.durations), c.time_factor, c.pixels, c.space_factor * c.patch, c.images
-    )
-    if rank():
-        dist.barrier()
-    world = Folder(c.data, config, c.seed, c.workers)
-    if rank() == 0 and ranks() > 1:
-        dist.barrier()
-    if rank() == 0:
-        print(world.summary(), flush=True)
-    vae = make_vae(c)
-    for size in np.unique(world.sizes, axis=0).tolist():
-        if (count := patches.token_count(vae.grid(*size), c.patch)) >= c.tokens:
-            raise ValueError(
-                f"a clip of {'{} x {} x {}'.format(*size)} has {count} tokens, and --tokens is "
-                f"{c.tokens}: raise that, or lower --pixels or --durations"
-            )
-    return world
-
-
-def make_tokenizer(world: Clips, c: Config) -> Tokenizer:
-    if c.captions != "prompts" and not c.data:
-        return recaption.make_tokenizer(world, c.labelled)
-    index = np.arange(5000)
-    return Tokenizer.from_captions(world.captions(index, world.size(index)), 4096)
-
-
-def make_vae(c: Config) -> VAE:
-    kinds = ("channels", "time_factor", "space_factor", "encoder_depth", "decoder_depth", "kl")
-    colors = 3 if c.data else 1
-    return VAE(VAEConfig(colors, width=c.vae_width, **{kind: getattr(c, kind) for kind in kinds}))
-
-
-def make_dit(c: Config, vocabulary: int) -> DiT:
-    inputs, outputs = (c.patch**2 * n for n in (2 * c.channels + c.time_factor, c.channels))
-    return DiT(DiTConfig(inputs, outputs, vocabulary, c.width, c.depth, c.heads, c.rope_base))
-
-
-def check(c: Config) -> None:
-    """What would fail only later, or not at all, and never with a good sentence."""
-    if c.stage not in ("all", "vae", "text", "dit", "encode", "export"):
-        raise ValueError(f"--stage {c.stage}: vae, text, dit, all, encode or export")
-    if Path(c.init_from).is_file() and c.stage not in weights.STAGES:
-        raise ValueError(
-            f"--init-from {c.init_from} is of one network: say --stage vae, text or dit"
-        )
-    if c.stage == "encode" and not c.data:
-        raise ValueError("--stage encode is for --data: moving digits are made faster than read")
-    if c.captions not in ("prompts", "noisy", "recaptioned"):
-        raise ValueError(f"--captions {c.captions}: prompts, noisy or recaptioned")
-    if c.data and c.captions == "noisy":
-        raise ValueError("--captions noisy is for moving digits: --data comes with its own")
-    if not 0 < c.labelled <= 1:
-        raise ValueError(f"--labelled {c.labelled}: a share, more than 0 and at most 1")
-    if c.prediction not in diffusion.PREDICTIONS:
-        raise ValueError(f"--prediction {c.prediction}: {', '.join(diffusion.PREDICTIONS)}")
-    if c.shift <= 0:
-        raise ValueError(f"--shift {c.shift}: above 0; 1 does not shift")
-    if c.width % (2 * c.heads):
-        raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    if c.text_width % (2 * c.text_heads):
-        multiple = f"a multiple of {2 * c.text_heads}"
-        raise ValueError(f"--text-width {c.text_width} --text-heads {c.text_heads}: {multiple}")
-    least = "steps vae_steps rows tokens save_every sample_every vae_batch accumulate gpus fps "
-    least += "pixels encodings text_steps text_batch train_clips"
-    for name in least.split():
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least 1")
-    if c.keep < 0:
-        raise ValueError(f"--keep {c.keep}: 0 or more")
-    if c.gpu not in cost.GPUS:
-        raise ValueError(f"--gpu {c.gpu}: {', '.join(cost.GPUS)}")
-    if not 0 < c.mfu <= 1:
-        raise ValueError(f"--mfu {c.mfu}: a share, more than 0 and at most 1")
-    processes = c.gpus if c.dry_run else int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("rows", "vae_batch"):
-        if getattr(c, name) < processes * c.accumulate:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(c, name)} cannot be dealt out to {processes} "
-                f"processes in --accumulate {c.accumulate} parts: at least "
-                f"{processes * c.accumulate}"
-            )
-    if c.shard and "RANK" not in os.environ and not c.dry_run:
-        raise ValueError("--shard spreads weights over processes: start them with torchrun")
-    vae, world = make_vae(c), c.world()
-    if c.data:
-        vae.grid(max(c.durations), c.space_factor, c.space_factor)
-        return
-    for T in (1, *c.durations):
-        for H, W in (*world.shapes, *world.image_shapes):
-            if min(H, W) < c.digit:
-                raise ValueError(f"a digit of {c.digit} pixels does not fit into {H} x {W}")
-            patches.token_count(vae.grid(T, H, W), c.patch)
-
-
-def starting_from(c: Config, out: Path, name: str) -> dict:
-    """The weights that --init-from has for a network, and what else is in their file; {} where it
-    has none. What was trained here already comes first: it goes on. A network keeps the words that
-    its embeddings are of; other words can still be spelled."""
-    if not c.init_from:
-        return {}
-    saved = [path for path in (out / f"{name}.pt", out / f"{name}.before.pt") if path.exists()]
-    path = saved[0] if saved else Path(c.init_from)
-    if path.is_dir():
-        found = [weights.find(path, other) for other in weights.STAGES]
-        if not any(other.exists() for other in found):
-            raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")
-        path = weights.find(path, name)
-        if not path.exists():  # it did not train this one
-            return {}
-    return weights.read(path, "cpu") | {"path": path}
-
-
-def train_vae(c: Config, world: data.World, facts: dict, out: Path, device: torch.device) -> None:
-    torch.manual_seed(c.seed)  # initial weights
-    vae, start = make_vae(c), starting_from(c, out, "vae")
-    weights.begin_with(vae, start)
-
-    def batch(step: int, part: int) -> tuple[Tensor, Tensor, float]:
-        return vae_batch(vae, world, c, step, part)
-
-    def loss(model: nn.Module, batch: tuple, step: int) -> tuple[Tensor, dict]:
-        video, noise, share = batch
-        mean, logs = model(video, noise)
-        return mean * share, logs
-
-    def measure(averaged: VAE) -> None:
-        clips = map(to_float, world.examples(c.vae_batch))
-        averaged.measure_statistics(clip.to(device) for clip in clips)
-
-    sees = {name: value for name, value in facts["world"].items() if name != "captions"}
-    facts = facts | {"world": sees, "model": asdict(vae.config)}  # other captions: the same VAE
-    stage = Stage("vae", vae, c.vae_steps, c.vae_lr, batch, loss, facts, finish=measure)
-    fit(stage, c, out, device)
-
-
-def train_text(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
-    start = starting_from(c, out, "text")
-    known = make_tokenizer(world, c) if c.data else recaption.make_tokenizer(world, c.labelled)
-    tokenizer = Tokenizer(start.get("words") or known.words)
-    source = Source(sample.load_vae(out, device), tokenizer, world)
-    torch.manual_seed(c.seed + 2)  # initial weights
-    sizes = c.channels, c.patch, tokenizer.size
-    shape = {"width": c.text_width, "depth": c.text_depth, "heads": c.text_heads}
-    model = LanguageModel(LanguageConfig(*sizes, **shape))
-    weights.begin_with(model, start)
-
-    def batch(step: int, part: int) -> Lessons:
-        return (own_text_batch if c.data else text_batch)(source, c, step, part)
-
-    def loss(model: nn.Module, lessons: Lessons, step: int) -> tuple[Tensor, dict]:
-        """The sum over this part's tokens, divided by how many there are in all parts."""
-        lessons, tokens = lessons
-        return model(lessons)[0] / tokens, {"tokens": tokens}
-
-    facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
-    fit(Stage("text", model, c.text_steps, c.text_lr, batch, loss, facts), c, out, device)
-
-
-def caption_world(c: Config, world: data.World, out: Path, device: torch.device) -> None:
-    """Write out/captions.jsonl: what the captioner says of all that the DiT learns from."""
-    language, vae = load_language(out, device), sample.load_vae(out, device)
-    source = Source(vae, language.tokenizer, world, written={})
-    index = np.arange(c.train_clips)
-    size = np.concatenate([world.size(index, images=share) for share in (c.images, 1.0)])
-    index = np.tile(index, 2)  # as they are, and as images
-    missing = [caption is None for caption in captions_of(source, c, index, size)]
-    told = index[missing], size[missing]
-    with sample.bf16(device):
-        written = recaption.write_world(language, vae, world, out / "captions.jsonl", *told)
-    if rank() == 0:
-        print(f"wrote {written} captions to {out / 'captions.jsonl'}")
-
-
-def caption_folder(c: Config, world: Folder, facts: dict, out: Path, device) -> None:
-    """Learn from the files that have a caption, and write out/captions.jsonl for the others."""
-    if c.stage == "all" and len(world.missing()) in (0, len(world.shown)):
-        return  # nothing to write, or to learn from
-    some = world.captioned()
-    train_text(c, some, facts | {"world": asdict(some.config)}, out, device)
-    language, vae = load_language(out, device), sample.load_vae(out, device)
-    written = recaption.write_missing(language, vae, world, out / "captions.jsonl")
-    if rank() == 0:
-        print(f"wrote {written} captions to {out / 'captions.jsonl'}: read and edit them; the "
-              "transformer learns from them where a file has no caption of its own")  # fmt: skip
-
-
-def about_latents(c: Config, world: Folder, vae: VAE) -> dict:
-    """What makes latents other latents: the VAE, the files, and how these are looked at."""
-    weights = b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())
-    flags = ("fps", "pixels", "seed", "later", "given")
-    about = {"vae": zlib.crc32(weights), "files": world.config.files}
-    return about | {"longest": max(c.durations)} | {flag: getattr(c, flag) for flag in flags}
-
-
-def encode(c: Config, world: Folder, out: Path, device: torch.device) -> None:
-    """Write out/latents: own clips as the DiT will see them."""
-    vae, folder = sample.load_vae(out, device), out / "latents"
-    latents.begin(folder, about_latents(c, world, vae))
-    done = latents.Latents(folder, c.channels, c.time_factor)
-    shard = latents.Shard(folder, rank(), c.channels)
-    encode_clips(Source(vae, Tokenizer([]), world), c, shard, done)
-    if dist.is_initialized():
-        dist.barrier()
-    if rank() == 0:
-        latents.end(folder, c.encodings)
-
-
-def train_dit(c: Config, world: Clips, facts: dict, out: Path, device: torch.device) -> None:
-    if c.data:
-        count = world.add_captions(read_lines(out / "captions.jsonl"))
-        facts = facts | {"world": asdict(world.config)}
-        if count and rank() == 0:
-            print(f"{count} more files have captions, in {out / 'captions.jsonl'}", flush=True)
-    start = starting_from(c, out, "dit")
-    tokenizer = Tokenizer(start.get("words") or make_tokenizer(world, c).words)
-    source = Source(sample.load_vae(out, device), tokenizer, world)
-    language = None
-    if c.captions == "recaptioned" and not c.data:
-        language, source.written = load_language(out, device), read_lines(out / "captions.jsonl")
-    if c.data and (folder := out / "latents").exists():
-        latents.complete(folder, about_latents(c, world, source.vae))
-        source.stored = latents.Latents(folder, c.channels, c.time_factor)
-    torch.manual_seed(c.seed + 1)  # initial weights
-    dit = make_dit(c, tokenizer.size)
-    weights.begin_with(dit, start)
-    dit.recompute = c.recompute
-    if c.compile:
-        for block in dit.blocks:
-            block.compile()
-    # Makes batches while we train. One thread of its own: more would wait for each other.
-    maker = ThreadPoolExecutor(1, "maker", torch.set_num_threads, (1,))
-    aside = []  # what is only measured on
-    ahead = {}  # by the first of AHEAD steps: what is being made for them
-
-    def make(first: int) -> list[list[Part]]:
-        with sample.bf16(device):  # threads do not inherit it
-            made = dit_parts(source, c, first, AHEAD)
-            if c.data and not source.stored:  # other processes decode what comes after that
-                coming = own_clips(own_rows(source, c, first + AHEAD, AHEAD))
-                world.prefetch([clip.index for clip in coming], [clip.size for clip in coming])
-        return made
-
-    def batch(step: int, part: int) -> Part:
-        first = step - step % AHEAD
-        if first not in ahead:
-            ahead.clear()
-            ahead[first] = maker.submit(make, first)
-        after = first + AHEAD
-        if not c.data and after not in ahead and after < c.steps:  # own clips: see `make`
-            ahead.pop(first - AHEAD, None)
-            ahead[after] = maker.submit(make, after)
-        return ahead[first].result()[step - first][part]
-
-    def loss(model: nn.Module, part: Part, step: int) -> tuple[Tensor, dict]:
-        return dit_loss(model, part, c, step)
-
-    def measure(averaged: nn.Module) -> float:
-        if not aside:  # made when it is first needed
-            aside.extend(held_back(source, c))
-        step, parts = aside
-        return sum(dit_loss(averaged, part, c, step)[0].item() for part in parts)
-
-    def run_of(averaged: DiT) -> sample.Run:
-        networks = source.vae, averaged, source.tokenizer
-        return sample.Run(*networks, facts["world"], facts["config"], language)
-
-    def show(averaged: DiT, step: int) -> None:
-        preview(run_of(averaged), world, out / "samples" / f"{step:06d}.gif")
-
-    facts = facts | {"model": asdict(dit.config), "words": tokenizer.words}
-    stage = Stage("dit", dit, c.steps, c.lr, batch, loss, facts, show, measure=measure, large=True)
-    with maker:
-        averaged = fit(stage, c, out, device)
-    if rank() == 0:
-        gallery(run_of(averaged), world, out / "gallery.gif")
-        print(f"wrote {out / 'gallery.gif'}", end="")
-        print("" if c.data else f"; python evaluate.py prompts --run {out} measures it")
+    return device
 
 
 def command(c: Config) -> None:

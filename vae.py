@@ -34,6 +34,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -53,6 +54,16 @@ class VAEConfig:
 
 
 # ------------------------------------------------------------------------------- pixels <-> blocks
+
+
+def to_float(clips: np.ndarray | list[np.ndarray]) -> Tensor:
+    """uint8 0 ... 255 -> [-1, 1]; a list of clips of one size is stacked."""
+    return torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """[-1, 1] float -> 0 ... 255."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def to_blocks(video: Tensor, ft: int, fs: int) -> Tensor:
@@ -187,6 +198,20 @@ class VAE(nn.Module):
         for chunk in chunks:
             mu, _, cache = self.posterior(chunk, cache)
             yield (mu - self.mean) / self.std
+
+    def encode_known(self, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is shown of known frames: video [B, C, T, H, W], known [B, T] bool ->
+
+        given [B, Z + ft, t, h, w]: latents of the video with all unknown frames black, and a mask:
+        which of the ft frames of each latent are known (latent 0 has but one, which fills all);
+        whole [B, t] bool: latent frames all of whose frames are known.
+        """
+        ft = self.config.time_factor
+        latent = self.encode(torch.where(known[:, None, :, None, None], video, -1.0))
+        frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
+        frames = frames.unflatten(1, (-1, ft)).transpose(1, 2)  # [B, ft, t]
+        mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
+        return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
 
     # Decoding: squared error makes the decoder's output the expected video.
 

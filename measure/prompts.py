@@ -1,0 +1,233 @@
+"""Do clips show what their prompts say? Three sets of clips of the same prompts are read from
+pixels alone (reader.py):
+
+    real         held-out digits, straight from the world: the reader's own mistakes
+    VAE          those clips, encoded and decoded: the ceiling of any model in this latent space
+    generated    the model's own clips
+
+Every digit and direction is asked for equally often, at each shape of the world's videos in their
+longest duration, and at the first shape in the shorter ones, too.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import prompting
+from measure import reader
+from vae import VAE, to_float, to_uint8
+
+SCORES = ("digit", "direction", "digits", "directions", "both")  # the last three: of two digits
+AT_ONCE = 40  # clips in a batch
+
+# -------------------------------------------------------------------------------------- real clips
+
+
+def held_out(about: dict, **changes) -> data.Digits:
+    """The world of a run, with digits that it never saw."""
+    config = data.WorldConfig(**about["config"])
+    if config.kind != "digits":
+        raise ValueError(f"this run learned from {config.kind}: only moving digits can be measured")
+    return data.Digits(replace(config, held_out=True, **changes))
+
+
+class Chosen:
+    """n real clips of one size (T, H, W), and all that is true of them."""
+
+    def __init__(self, world: data.Digits, raw: dict, size: tuple[int, int, int]):
+        sizes = np.tile(size, (len(raw["sprite"]), 1))
+        self.raw, self.facts = raw, world.describe(raw, sizes)  # see data.Digits.draw
+        self.path = world.path(raw, sizes, size[0])[:, :, 0]  # [n, T, 2], the first digit's corner
+        self.digits = np.array([fact["digits"][0]["digit"] for fact in self.facts])  # [n]
+        self.prompts = list(map(data.short_caption, self.facts))
+        self.clips = list(world.render(raw, size))
+        self.pairs = list(zip(self.clips, self.prompts, strict=True))
+
+
+def choose(world: data.Digits, size: tuple, turns: list | range, fits=None, i=None) -> Chosen:
+    """A clip of `size` for each of the turns: all 40 digits and directions (of the first digit)
+    take turns. fits: of paths [m, T, 2], which will do [m]; i: the numbers to choose from."""
+    i, stock = np.arange(200 * max(len(turns), 40)) if i is None else i, defaultdict(list)
+    sizes = np.tile(size, (len(i), 1))
+    raw = world.draw(i, sizes)
+    path = world.path(raw, sizes, size[0])[:, :, 0]
+    for k in np.flatnonzero(fits(path)) if fits else range(len(i)):
+        way = tuple(np.sign(raw["velocity"][k, 0]).tolist())
+        stock[int(world.classes[raw["sprite"][k, 0]]), way].append(k)
+    kinds = [(digit, way) for digit in range(10) for way in data.DIRECTIONS.values()]
+    order = np.random.default_rng(world.config.seed).permutation(40)  # any 12 are a fair choice
+    kinds = [kinds[k] for k in order if kinds[k] in stock]  # a long canvas may lack directions
+    if not kinds:
+        raise ValueError(f"no clip of {' x '.join(map(str, size))} is fit for one of the tasks")
+    chosen = []
+    for numbers in (stock[kinds[j % len(kinds)]] for j in turns):
+        chosen.append(numbers[0])
+        numbers.append(numbers.pop(0))
+    return Chosen(world, {name: value[chosen] for name, value in raw.items()}, size)
+
+
+def real_clips(about: dict, ones: int, twos: int, seed: int) -> list[Chosen]:
+    """`ones` clips of one held-out digit and `twos` of two, in sizes that take turns."""
+    some = []
+    for count, two in ((ones, 0.0), (twos, 1.0)):
+        world = held_out(about, seed=seed, two_digits=two)
+        durations = sorted({T for T in world.durations if T > 1}, reverse=True)
+        if not durations:
+            raise ValueError("the world of this run has no videos, and an image does not move")
+        shapes = list(dict.fromkeys(map(tuple, world.shapes)))
+        sizes = [(durations[0], *shape) for shape in shapes]
+        sizes += [(T, *shapes[0]) for T in durations[1:]]
+        room = world.config.digit * (2 if two else 1)  # elsewhere there is no second digit
+        sizes = [size for size in sizes if max(size[1:]) >= room]
+        if count and not sizes:
+            raise ValueError("no video of this world has room for two digits: take --twos 0")
+        for s, size in enumerate(sizes):
+            mine = [j for j in range(count) if (j + j // 40) % len(sizes) == s]
+            i = 1_000_000 * s + np.arange(2000 + 80 * len(mine))[::-1]  # many times too many
+            some += [choose(world, size, mine, i=i)] if mine else []
+    return some
+
+
+# ----------------------------------------------------------------------------- what is made of them
+
+
+def batches(clips: list[np.ndarray]) -> list[list[int]]:
+    """The numbers of clips of one size that are worked on at once."""
+    groups = defaultdict(list)
+    for k, clip in enumerate(clips):
+        groups[clip.shape].append(k)
+    return [g[k : k + AT_ONCE] for g in groups.values() for k in range(0, len(g), AT_ONCE)]
+
+
+@torch.no_grad()
+def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], dict[str, float]]:
+    """Clips after the VAE; its PSNR (peak-to-peak 2) and compression (pixels per latent number)."""
+    made, squares, pixels, numbers = [None] * len(clips), 0.0, 0, 0
+    for some in batches(clips):
+        video = to_float([clips[k] for k in some]).to(vae.mean.device)  # [B, C, T, H, W]
+        latent = vae.encode(video)  # [B, Z, t, h, w]
+        again = vae.decode(latent)  # [B, C, T, H, W]
+        squares += (again - video).square().sum().item()
+        pixels, numbers = pixels + video.numel(), numbers + latent.numel()
+        for k, clip in zip(some, to_uint8(again), strict=True):
+            made[k] = clip
+    psnr = 10 * float(np.log10(4 * pixels / max(squares, 1e-9)))
+    return made, {"psnr": psnr, "compression": pixels / numbers}
+
+
+def make(run: prompting.Run, tasks: list[prompting.Task], seed: int, how: dict,
+         expanded: bool = True) -> list[np.ndarray]:  # fmt: skip
+    """What tasks of one kind ask for, as sample.py makes it. how: settings that differ from those
+    of the kind; expanded: with prompts expanded first."""
+    made = [None] * len(tasks)
+    for some in tqdm(batches([task.clip for task in tasks]), desc="making", leave=False):
+        seeds, few = [1_000_000 * seed + k for k in some], [tasks[k] for k in some]
+        few = prompting.expand(run, few, seeds) if expanded else few
+        settings = replace(prompting.settings(few[0]), **how)
+        for k, clip in zip(some, prompting.finished(run, few, seeds, settings), strict=True):
+            made[k] = clip
+    return made
+
+
+# ------------------------------------------------------------------------------------- the figures
+
+
+def score(seen: dict, asked: list[dict]) -> dict[str, float]:
+    """One reading against the facts that were asked for. Of two digits, either track may be either
+    of the two, and `both` is right only where every digit moves in its own direction."""
+    if len(asked) == 1:
+        named = np.mean([k == asked[0]["digit"] for k in seen["digits"]])
+        return {"digit": named, "direction": seen["directions"] == [asked[0]["direction"]]}
+    read = sorted(zip(seen["digits"], seen["directions"], strict=True))
+    want = sorted((d["digit"], d["direction"]) for d in asked)
+    (a, b), (c, d) = zip(*read, strict=True), zip(*want, strict=True)
+    return {"digits": a == c, "directions": sorted(b) == sorted(d), "both": read == want}
+
+
+def average(scores: list[dict]) -> dict[str, float | None]:
+    """The mean of each score over the clips that have it; None where no clip does."""
+    values = {name: [s[name] for s in scores if name in s] for name in SCORES}
+    return {name: float(np.mean(v)) if v else None for name, v in values.items()}
+
+
+def measure(
+    run: prompting.Run, ones: int, twos: int, seed: int, how: dict, expanded: bool = True
+) -> tuple[dict, Image.Image]:
+    """All figures of a run; and a picture of some clips: asked for, read, a bar where wrong."""
+    chosen = real_clips(run.world, ones, twos, seed)
+    config, asked = data.WorldConfig(**run.world["config"]), sum((x.facts for x in chosen), [])
+    pairs, network = sum((x.pairs for x in chosen), []), reader.load_classifier(config.digit)
+    figures = {"ones": ones, "twos": twos, "seed": seed, "expanded": expanded} | how
+    images, labels = data.load_digits(held_out=True)
+    sprites = data.make_sprites(images, config.digit)[None]  # [1, T, H, W], as if a clip
+    named = reader.name_one(sprites, range(len(labels)), network, config.digit)
+    figures["classifier"] = float(np.mean(named == labels))
+    sets = {"real": [clip for clip, _ in pairs]}
+    sets["VAE"], compression = reconstruct(run.vae, sets["real"])
+    start = time.perf_counter()
+    tasks = [prompting.new(run, clip.shape[1:], prompt) for clip, prompt in pairs]
+    sets["generated"] = make(run, tasks, seed, how, expanded)
+    figures["seconds_a_clip"] = (time.perf_counter() - start) / len(tasks)
+    for name, clips in sets.items():
+        seen = [reader.read(clip, len(fact["digits"]), network, config.digit, max(config.speeds))
+                for clip, fact in zip(clips, asked, strict=True)]  # fmt: skip
+        scores = [score(x, fact["digits"]) for x, fact in zip(seen, asked, strict=True)]
+        figures[name] = average(scores) | {"sharpness": reader.sharpness(clips)}
+    figures["VAE"] |= compression
+    figures["sizes"] = {size: average([x for x, clip in zip(scores, clips, strict=True)
+                                       if size_of(clip) == size])
+                        for size in dict.fromkeys(map(size_of, clips))}  # fmt: skip
+    some = np.unique(np.linspace(0, len(clips) - 1, 60).astype(int))
+    titles = [f"{pairs[k][1]}: {seen[k]['digits']} {' '.join(seen[k]['directions'])}" for k in some]
+    wrong = [np.full(clips[k].shape[1], min(scores[k].values()) < 1) for k in some]
+    some = [clips[k] for k in some]
+    return figures, data.sheet(some, titles, columns=4, scale=2, most=3, marks=wrong)
+
+
+def size_of(clip: np.ndarray) -> str:
+    return " x ".join(map(str, clip.shape[1:]))
+
+
+def as_table(title: str, rows: dict[str, dict]) -> str:
+    """Rows of figures by column: shares as percent, None as nothing, text as it is."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    wide = 2 + max(map(len, [title, *rows]))
+    lines = [f"{title:{wide}}" + "".join(f"{name:>12}" for name in columns)]
+    for name, row in rows.items():
+        cells = ("-" if row.get(x) is None else row[x] for x in columns)
+        cells = (x if isinstance(x, str) else f"{x:.1%}" for x in cells)
+        lines.append(f"{name:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def table(figures: dict) -> str:
+    """The three sets of clips, one a line; then the generated ones of each size."""
+    rows, vae = {name: figures[name] for name in ("real", "VAE", "generated")}, figures["VAE"]
+    real = figures["real"]["sharpness"]
+    for name, row in (rows | figures["sizes"]).items():
+        rows[name] = {x: row[x] for x in SCORES}
+        if "sharpness" in row:
+            rows[name]["sharpness"] = f"{row['sharpness'] / real:.2f}"
+    return (
+        as_table(f"{figures['ones']} clips of one digit, {figures['twos']} of two", rows) + "\n"
+        f"digit classifier: {figures['classifier']:.1%} of the held-out digits\n"
+        f"VAE: {vae['compression']:.1f}x compression, {vae['psnr']:.1f} dB (peak-to-peak 2)"
+    )
+
+
+def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
+    folder = Path(args.run or prompting.newest_run())
+    how = {"steps": args.steps, "guidance": args.guidance}
+    how = {name: value for name, value in how.items() if value is not None}
+    run = prompting.load_run(folder)
+    figures, page = measure(run, args.ones, args.twos, args.seed, how, not args.no_expand)
+    print(table(figures))
+    return folder, figures, page

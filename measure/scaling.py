@@ -1,0 +1,125 @@
+"""Scaling: the same prompts, as the training compute grows (the report's base, 4x and more).
+
+The problem. "It gets better with more compute" is easily said. How much better, and at what?
+
+The idea. Train one network three times, for 1, 4 and 16 times as many steps, each with its own
+learning rate schedule down to zero (a run that was stopped early would be worse than one that was
+planned to be short: Hoffmann et al. 2022). All learn from the same items. Then
+
+    compute      FLOPs of a step (training/cost.py) x steps
+    loss         of held-back batches with fixed noise, the same for all three
+    fidelity     whether clips show the digit and the direction of their prompts (reader.py)
+    a picture    the same prompts from the same noise, for each compute
+
+    python evaluate.py scaling                   # flags of train.py go behind `--`
+    python evaluate.py scaling --run out/tiny    # a finished run is the longest of the three
+
+The second trains the two short ones alone: 5/16 of that run's time. Stopped, both continue.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import data
+import prompting
+import train
+from measure import prompts
+from training import batches, cost, items, recaption
+from training.plot import plot
+
+TIMES = (1, 4, 16)
+PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving up",
+           "a 9 moving left", "a 2 moving right")  # fmt: skip
+
+
+@torch.no_grad()
+def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple[float, float]:
+    """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
+    world = train.make_world(c)
+    made = items.make_items(world, run.vae, c, c.folder / "items")
+    said = recaption.captions_of(world, made, recaption.words_of(world, made), c)
+    texts = [run.tokenizer.encode(x) for x in said]
+    source = batches.Source(made, texts, world.held_back(made["number"]), c)
+    total, flops = 0.0, 0.0
+    for step in range(batches.HELD_BACK, batches.HELD_BACK + count):
+        for part in batches.parts(source, step):
+            total += train.dit_loss(run.dit, part.to(run.device), c, step)[0].item() / count
+            counts = part.packed.lengths, part.packed.words, len(part.packed.frame_clip)
+            flops += sum(cost.step_flops(run.dit, *counts)) / count
+    return total, flops
+
+
+def first_run(out: Path, args: argparse.Namespace) -> train.Config:
+    """Of a finished run, or of one whose VAE, items and captions are made here: all three share
+    them."""
+    if not args.run:
+        c = train.parse([*args.train, "--steps", str(args.steps or 2000), "--out", f"{out}/shared"])
+        for stage in ("vae", "text" if c.captions == "recaptioned" else "items"):
+            train.main(replace(c, stage=stage))
+        return c
+    if args.steps or args.train:
+        raise ValueError("--run is trained already: leave --steps and flags of train.py out")
+    saved = prompting.read_weights(prompting.find_weights(args.run, "dit"), "cpu")
+    c = replace(train.Config(**saved["config"]), out=args.run)
+    if saved["step"] < c.steps:
+        raise ValueError(f"{args.run} has done {saved['step']} of {c.steps} steps: finish it first")
+    return c
+
+
+def trained(out: Path, first: train.Config, finished: bool) -> Iterator[train.Config]:
+    """Train what is not there yet."""
+    for times in TIMES:
+        c = replace(first, stage="dit", steps=max(1, first.steps * times // TIMES[-1]), keep=0,
+                    out=str(out / f"{times}x"), sample_every=10**9)  # fmt: skip
+        if finished and times == TIMES[-1]:
+            c = first
+        else:
+            shutil.copytree(first.folder / "items", c.folder / "items", dirs_exist_ok=True)
+            for path in first.folder.iterdir():
+                if path.stem in ("vae", "text", "captions"):
+                    shutil.copy(path, c.folder)
+            train.main(c)
+        yield c
+
+
+def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
+    out, figures, clips, titles = Path(args.out), [], [], []
+    for c in trained(out, first_run(out, args), bool(args.run)):
+        run = prompting.load_run(c.folder)
+        loss, flops = held_back_loss(run, c)
+        scores = prompts.measure(run, args.ones, 0, 0, {})[0]["generated"]
+        row = {"steps": c.steps, "flops": flops * c.steps, "loss": loss}
+        figures.append(row | {name: scores[name] for name in ("digit", "direction")})
+        print(json.dumps(figures[-1]), flush=True)
+        size = max(run.world["durations"]), *run.world["shapes"][0]
+        clips.append(prompts.make(run, [prompting.new(run, size, x) for x in PROMPTS], 0, {}))
+        titles.append([f"{prompt}, {c.steps} steps" for prompt in PROMPTS])
+    clips, titles = (sum(zip(*rows, strict=True), ()) for rows in (clips, titles))
+    data.sheet(clips, titles, columns=len(TIMES), most=3).save(out / "scaling_clips.png")
+    x, curves = [row["flops"] for row in figures], {}
+    for name in ("loss", "digit", "direction"):
+        curves[name] = (x, [row[name] for row in figures])
+    panels = {"loss on held-back clips, by FLOPs of the training": {"loss": curves.pop("loss")},
+              "share of clips that show what the prompt says, by FLOPs": curves}  # fmt: skip
+    return out, figures, plot(panels, log_x=True)
+
+
+def costs(args: argparse.Namespace) -> None:
+    """The presets: weights, gradients, optimizer and EMA; one training step on one clip, and the
+    share of attention in it; H200 hours for a million clips at 40% of the peak."""
+    world = data.Digits(data.WorldConfig())
+    print("| preset | a clip | parameters | state | tokens | step | attention | a million clips |")
+    print("|" + " --- |" * 8)
+    for preset, size in cost.CLIPS:
+        c = train.parse(["--preset", preset])
+        with torch.device("meta"):
+            dit, vae = train.make_dit(c, 512, world), train.make_vae(c, world)
+        cells = cost.row(dit, vae.grid(*size), c.patch)
+        print("|", " | ".join([preset, " x ".join(map(str, size)), *cells]), "|")

@@ -1,0 +1,207 @@
+"""What each step learns from: clips of one size for the VAE, packed items for the transformer.
+
+The problem. A step learns from dozens of clips of different sizes, some with known frames, each
+with a caption and a noise level; and on many processes each must make only its own part.
+
+The idea. Decide first, make later. What a step consists of is a function of (seed, step): which
+items, which captions are dropped, the noise levels, each clip's row. Deciding costs next to
+nothing, so every process decides on all of it, and then reads only the rows that are its own:
+
+    step -> items, captions, levels -> clips in rows      the same everywhere
+         -> rows dealt out, equally heavy -> this process's rows
+         -> latents [Z, t, h, w] -> packed tokens [B, L, D], a level for each frame
+
+Alphabet: latents [Z, t, h, w]; ft frames to a latent; B rows of L tokens; F latent frames of all
+clips of a part.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import diffusion
+import patches
+from language import NOTHING
+from prompting import noisy_past
+from training.items import Items, made_ahead
+from training.processes import deal, rank, ranks, seeded
+
+MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.CONTEXT`
+DROPOUT = 0.1  # share of the captions, and of the actions, that are dropped: guidance needs that
+HELD_BACK = 10**6  # a step whose clips are only measured on
+
+
+# --------------------------------------------------------------------------------- for any network
+
+
+class Steps(torch.utils.data.Dataset):
+    """Step -> what it learns from, for torch's DataLoader."""
+
+    def __init__(self, make: Callable[[int], list]):
+        self.make = make
+
+    def __getitem__(self, step: int) -> list:
+        return self.make(step)
+
+
+def in_order(make: Callable[[int], list], first: int, steps: int, workers: int) -> Iterator[list]:
+    """make(step) of each step from `first` on."""
+    yield from made_ahead(Steps(make), range(first, steps), workers)
+
+
+def same_size(sizes: np.ndarray, step: int, seed: int, count: int, largest: int = 0) -> np.ndarray:
+    """Places in `sizes` [N, 3] of clips of one size, drawn as often as it occurs: together as many
+    pixels as `count` of the `largest` (by default the largest of these), at most 4 count."""
+    random = np.random.default_rng([seed, 8, step])
+    size = sizes[random.integers(len(sizes))]
+    alike = np.flatnonzero((sizes == size).all(1))
+    largest = largest or int(sizes.prod(1).max())
+    n = min(max(1, count * largest // int(size.prod())), 4 * count)
+    return alike[random.integers(len(alike), size=n)]
+
+
+# ----------------------------------------------------------------------------- for the transformer
+
+
+@dataclass
+class Source:
+    """What a transformer learns from."""
+
+    items: Items
+    texts: list[list[int]]  # the caption of each item, as token ids
+    held: np.ndarray  # bool [n]: items that are only measured on
+    c: object  # train.Config
+
+    def __post_init__(self):
+        image, grid = self.items["image"] > 0, [self.items[name] for name in "thw"]
+        self.frame = grid[1] * grid[2] // self.c.patch**2  # patches in each latent frame
+        self.count = grid[0] * self.frame
+        learn = ~self.held if (~self.held).any() else np.ones(len(self.held), bool)
+        aside = self.held if self.held.any() else learn
+        self.pools = {False: [np.flatnonzero(learn & kind) for kind in (~image, image)],
+                      True: [np.flatnonzero(aside & kind) for kind in (~image, image)]}  # fmt: skip
+        if not len(self.items):
+            raise ValueError("not one clip could be encoded")
+
+
+@dataclass
+class Drawn:
+    """What is decided of one clip of a step."""
+
+    item: int
+    text: list[int]
+    level: np.ndarray  # [t] float: of each latent frame
+    free: np.ndarray  # [t] bool: whether it is to be learned
+    past: int  # latent frames that are known as a window's past, a little noisy; mostly none
+    acts: bool  # whether its actions are told
+    start: int  # the time of its first frame: 1 in windows from later on
+    patches: int  # in each latent frame
+
+
+def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
+    """The batch of a step, on all processes, and which clips lie in which row."""
+    c, items = source.c, source.items
+    u = np.random.default_rng([c.seed, 2, step]).random((c.rows * c.tokens // 10, 6))
+    clips, images = source.pools[step >= HELD_BACK]
+    share = 1.0 if step < c.image_phase * c.steps else c.images
+    share = float(len(images) > 0) if not len(clips) or not len(images) else share
+    pick = np.where(u[:, 0] < share, *(
+        pool[(u[:, 1] * len(pool)).astype(int)] if len(pool) else 0 for pool in (images, clips)
+    ))  # fmt: skip
+    room = (c.tokens - source.count[pick]).clip(min=1).tolist()
+    texts = [source.texts[k][:n] for k, n in zip(pick.tolist(), room, strict=True)]
+    texts = [x if keep else [NOTHING] for x, keep in zip(texts, u[:, 2] >= DROPOUT, strict=True)]
+    lengths = [len(x) + int(n) for x, n in zip(texts, source.count[pick], strict=True)]
+    plan = patches.longest_prefix(lengths, c.tokens, c.rows)
+    n, drawn = sum(map(len, plan)), []
+    levels = diffusion.training_levels(n, seeded(c.seed, 4, step))
+    levels = diffusion.shift_level(levels, c.shift).numpy()
+    for k, item in enumerate(pick[:n].tolist()):
+        t, ahead, later = (int(items[name][item]) for name in ("t", "ahead", "later"))
+        level, free, past = np.full(t, levels[k]), np.ones(t, bool), 0
+        if items["given"][item]:
+            free = ~items.held(item)
+        if ahead:
+            past = 1 + int(u[k, 3] * (t - 1))
+            free[:past] = False
+        level = np.where(free, level, MOST_NOISE * u[k, 4] * bool(ahead))
+        acts, frame = u[k, 5] >= DROPOUT, int(source.frame[item])
+        start = int(ahead > 0 or later > 0)
+        drawn.append(Drawn(item, texts[k], level, free, past, acts, start, frame))
+    return drawn, plan
+
+
+@dataclass
+class Part:
+    """What one process learns from at once: some rows of the batch of a step."""
+
+    packed: patches.Packed  # tokens [B, L, p p (Z + Z + ft)]
+    levels: Tensor  # [F] the level of each frame
+    free: Tensor  # [F] bool: whether it is to be learned
+    rows: list[int]  # which of the step's rows these are, as many as hold anything
+    patches: int  # how many patches are to be learned in the step, on all processes
+
+    def to(self, device: torch.device) -> "Part":
+        on = {"packed": self.packed.to(device), "levels": self.levels.to(device)}
+        return replace(self, **on, free=self.free.to(device))
+
+
+def parts(source: Source, step: int) -> list[Part]:
+    """This process's parts of the batch of a step."""
+    c, (drawn, plan) = source.c, draw_step(source, step)
+    many = ranks() * c.accumulate
+    if len(plan) < many:
+        raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {many} parts")
+    # What a row costs: its linear maps, and attention within each clip (see cost.py).
+    lengths = [[len(drawn[k].text) + drawn[k].patches * len(drawn[k].free) for k in row]
+               for row in plan]  # fmt: skip
+    dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in lengths], many)
+    learned = sum(int(clip.free.sum()) * clip.patches for clip in drawn)
+    own = dealt[rank() * c.accumulate : (rank() + 1) * c.accumulate]
+    most = -(-c.rows // many)  # rows of a part: always as many, some of them empty
+    return [make_part(source, step, rows, most, (drawn, plan, learned)) for rows in own]
+
+
+def make_part(source: Source, step: int, rows: list[int], most: int, batch: tuple) -> Part:
+    """Some rows of a batch, packed."""
+    c, (drawn, plan, learned) = source.c, batch
+    here = [k for row in rows for k in plan[row]]
+    place = {k: j for j, k in enumerate(here)}
+    layout = [[place[k] for k in plan[row]] for row in rows] + [[]] * (most - len(rows))
+    mine, shown, actions = [drawn[k] for k in here], [], []
+    for k, clip in zip(here, mine, strict=True):
+        item = source.items.read(clip.item)
+        eps = torch.randn(item["latent"].shape, generator=seeded(c.seed, 6, step, k))
+        shown.append(show(item, clip, eps, c.time_factor))
+        actions.append(item["actions"] if clip.acts else None)
+    packed = patches.pack(shown, [clip.text for clip in mine], c.patch, c.tokens, layout,
+                          [clip.start for clip in mine], fill_actions(actions, shown))  # fmt: skip
+    level = patches.per_frame(packed, [torch.from_numpy(clip.level).float() for clip in mine])
+    free = patches.per_frame(packed, [torch.from_numpy(clip.free) for clip in mine])
+    return Part(packed, level, free, rows, learned)
+
+
+def show(item: dict, clip: Drawn, eps: Tensor, ft: int) -> Tensor:
+    """The clean latent, and what the network is shown of known frames: [Z + Z + ft, t, h, w]."""
+    latent, given = item["latent"], item["given"]
+    Z = len(latent)
+    if clip.past:
+        given = noisy_past(latent[None], clip.past, float(clip.level[0]), eps[None], ft)[0]
+    elif given is None:
+        given = latent.new_zeros(Z + ft, *latent.shape[1:])
+    else:  # known frames are the target that they are in use: encoded without the others
+        held = torch.from_numpy(~clip.free)[None, :, None, None]
+        latent = torch.where(held, given[:Z], latent)
+    return torch.cat([latent, given])
+
+
+def fill_actions(actions: list[Tensor | None], shown: list[Tensor]) -> list[Tensor] | None:
+    """Zeros, "nothing known", where they are not told; None in a world without actions."""
+    ft = next((x.shape[1] for x in actions if x is not None), 0)
+    if not ft:
+        return None
+    return [torch.zeros(z.shape[1], ft, dtype=torch.int64) if x is None else x
+            for x, z in zip(actions, shown, strict=True)]  # fmt: skip

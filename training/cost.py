@@ -1,0 +1,122 @@
+"""What a training costs, before it starts: parameters, work, memory, and time on a named GPU.
+
+The problem. A run that turns out too large after a week is a week lost; and nobody can tell from a
+width and a depth whether a model fits into a GPU, or what a longer clip costs.
+
+The idea. All of it is counting, on networks without numbers (PyTorch's meta device). A clip of n
+tokens costs, in a transformer of width d and depth D (Kaplan et al. 2020, section 2.1):
+
+    linear maps     6 for each weight and each thing it is applied to: 2 forward, 4 backward
+    attention       12 n^2 d D, which is more than all else once n > 6 d
+
+Left out: work that is done twice (--recompute), what GPUs send each other, and making clips.
+"""
+
+import re
+from collections import Counter
+
+from torch import nn
+
+from dit import DiT
+
+# Peak TFLOP/s of dense bfloat16 matrix products, and memory in GB, as the makers say.
+GPUS = {"4090": (165, 24), "l40s": (362, 48), "a100": (312, 80), "h100": (989, 80),
+        "h200": (989, 141), "b200": (2250, 180), "mi300x": (1307, 192)}  # fmt: skip
+REACHED = 0.4  # the share of the peak that is left for what is counted; good trainings report this
+
+# Bytes that a block keeps for its backward pass, for each token and unit of width, in bfloat16 on a
+# GPU: 28 numbers of 2 bytes; 6, its input and norms, of 4. On a CPU, attention over masked rows
+# keeps its scores as well: heads x L x L for each row.
+KEPT = 28 * 2 + 6 * 4 + 6
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """How many there are in each part; what all blocks have is one part."""
+    count = Counter()
+    for name, weight in model.named_parameters():
+        part = re.sub(r"blocks\.\d+", "blocks", name).split(".")
+        count[".".join(part[: 1 + (part[0] == "blocks")])] += weight.numel()
+    return count
+
+
+def step_flops(dit: DiT, lengths: list[int], words: int, frames: int) -> tuple[float, float]:
+    """What a training step has to compute on clips of so many tokens, `words` of all of them being
+    captions': in linear maps, and in attention. frames: rows of the frame table."""
+    # adaLN is computed for each frame, not for each token; looking something up is no product.
+    times = dict.fromkeys(("words", "place", "action"), 0) | {"summary": words}
+    times |= dict.fromkeys(("modulation", "level"), frames)
+    linear = 0
+    for name, weight in dit.named_parameters():
+        part = next((part for part in times if part in name), None)
+        linear += weight.numel() * times.get(part, sum(lengths)) * (weight.ndim == 2)
+    squares = sum(n * n for n in lengths)
+    return 6.0 * linear, 12.0 * squares * dit.config.width * dit.config.depth
+
+
+def memory(dit: DiT, tokens: int, recompute: bool = False, shards: int = 1) -> dict[str, float]:
+    """Bytes on each GPU. tokens: of one part of a step, padding too. Weights, gradients, EMA and
+    optimizers are float32: Muon has one number for each weight, AdamW two."""
+    depth, count = dit.config.depth, sum(w.numel() for w in dit.parameters())
+    block = sum(w.numel() for w in dit.blocks[0].parameters())
+    muon = sum(w.numel() for name, w in dit.blocks.named_parameters()
+               if w.ndim == 2 and "modulation" not in name)  # fmt: skip
+    each = 4 * depth + KEPT if recompute else KEPT * depth  # each block's input, and one block
+    bytes_of = dict.fromkeys(("weights", "gradients", "EMA"), 4 * count / shards)
+    bytes_of["optimizer"] = 4 * (2 * count - muon) / shards
+    bytes_of["activations"] = tokens * dit.config.width * each
+    bytes_of["bf16 copies"] = 2 * (count if shards == 1 else 2 * block)  # of autocast
+    return bytes_of | ({"whole block": 2 * 4 * block} if shards > 1 else {})
+
+
+def short(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    k = next(k for k in range(7, -1, -1) if number >= 1000**k or k == 0)
+    return f"{number / 1000**k:.3g} {' kMGTPEZ'[k].strip()}"
+
+
+def report(networks: dict, lengths: list, words: list, frames: list, c) -> str:
+    """All figures of a training of the DiT, from some of its steps: of each the tokens of its
+    clips, how many of them are captions', and the rows of the frame table. c: train.Config."""
+    dit, (peak, room), lines = networks["dit"], GPUS[c.gpu], []
+    for name, model in networks.items():
+        parts = parameters(model)
+        lines.append(f"{name}: {sum(parts.values()) / 1e6:,.1f} M parameters")
+        lines += [f"  {part:28}{count:14,d}" for part, count in parts.items()]
+    work = [step_flops(dit, *step) for step in zip(lengths, words, frames, strict=True)]
+    linear, attention = (sum(x) / len(work) for x in zip(*work, strict=True))
+    clips, tokens = (sum(map(f, lengths)) / len(lengths) for f in (len, sum))
+    part = -(-c.rows // (c.gpus * c.accumulate)) * c.tokens
+    bytes_of = memory(dit, part, c.recompute, c.gpus if c.shard else 1)
+    total = sum(bytes_of.values())
+    fits = "fits" if total < 0.9e9 * room else "does not fit"  # the rest: what is only passing by
+    hours = (linear + attention) * c.steps / (peak * 1e12 * REACHED * c.gpus) / 3600
+    return "\n".join([
+        *lines,
+        f"a step: {clips:.0f} clips of {min(map(min, lengths)):,} to {max(map(max, lengths)):,} "
+        f"tokens, {tokens:,.0f} in all, in {c.rows} rows of {c.tokens}",
+        f"work of a step: {short(linear + attention)}FLOP forward and backward, "
+        f"{attention / (linear + attention):.0%} of it in attention",
+        f"memory of each of {c.gpus} GPUs, for {part:,} tokens at once:",
+        *(f"  {name:28}{size / 1e9:11.2f} GB" for name, size in bytes_of.items()),
+        f"  {'in all':28}{total / 1e9:11.2f} GB, {fits} into {c.gpu}'s {room}",
+        f"{c.steps:,} steps, at {REACHED:.0%} of {peak} TFLOP/s on {c.gpus} {c.gpu}: "
+        f"{hours:,.3g} hours, {hours * c.gpus:,.3g} GPU-hours",
+    ])  # fmt: skip
+
+
+# The README's table: presets, and (T, H, W) of a clip; the last are Sora's kind.
+CLIPS = [("tiny", (17, 32, 32)), ("small", (17, 64, 64)), ("base", (17, 128, 128)),
+         ("large", (17, 128, 128)), ("xl", (17, 128, 192)), ("3b", (65, 256, 448)),
+         ("3b", (121, 480, 848)), ("3b", (601, 720, 1280)), ("3b", (1801, 1088, 1920))]  # fmt: skip
+
+
+def row(dit: DiT, grid: tuple[int, int, int], patch: int) -> list[str]:
+    """Cells of that table: a clip's latents are [Z, *grid], and its caption has 8 tokens."""
+    t, h, w = grid
+    n = t * (h // patch) * (w // patch) + 8
+    linear, attention = step_flops(dit, [n], 8, 1 + t)
+    count, total = sum(parameters(dit).values()), linear + attention
+    hours = 1e6 * total / (GPUS["h200"][0] * 1e12 * REACHED) / 3600
+    return [f"{count / 1e6:,.1f} M", f"{sum(memory(dit, 0).values()) / 1e9:.2g} GB", f"{n:,}",
+            f"{short(total)}FLOP", f"{attention / total:.0%}",
+            f"{hours:,.2g}" if hours < 10 else f"{hours:,.0f}"]  # fmt: skip

@@ -1,0 +1,303 @@
+"""Items: everything the diffusion transformer learns from, encoded once, in memory-mapped files.
+
+The problem. In every epoch the same clips would be decoded and sent through the same VAE, which no
+longer learns. That costs more than the transformer's own step.
+
+The idea. Do it once, before. What becomes of a clip is a function of (seed, number): most are just
+clips; of some, a few frames are *known* (to animate, extend, loop or connect); some are *windows*
+from later on, which continue their own past. Each clip is an item, and so is its image:
+
+    plan   number -> from which frame, how many frames, which of them are known
+    encode world.clips -> VAE -> latent [Z, a + t, h, w]      a latent frames before the window
+                               given [Z + ft, t, h, w]        what is shown of known frames, if any
+
+Each process appends to a shard of its own: `.bin` holds float16 numbers, item after item, and
+`.idx` one row of int64 an item, written after its numbers. So what has a row is whole, whatever
+interrupts, and to resume is to encode what has no row yet. Latents have variance 1, and float16 is
+exact to 1 in 2,000. Items of another VAE or of changed clips are encoded anew.
+
+Alphabet: Z channels and t frames of h x w in the latent grid; ft frames to a latent.
+"""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import World
+from patches import latent_actions
+from prompting import bf16
+from training.loop import STOP
+from training.processes import barrier, rank, ranks
+from vae import VAE, to_float
+
+FARTHEST = 6  # latent frames; how much later than its clip a window may start
+COLUMNS = "number image at t h w ahead later given lasts actions".split()
+
+# ------------------------------------------------------------------------------ deciding: a plan
+
+
+def draw_known(T: int, u: np.ndarray) -> np.ndarray:
+    """Which frames of a clip are known: [T] bool. u [3 + T] is uniform in [0, 1)."""
+    known, kind = np.zeros(T, bool), u[0]
+    some = (u[1:3] * (T - 1) / 1.5).astype(int)  # at most two thirds
+    if kind < 0.3:  # animate an image
+        known[0] = True
+    if 0.3 <= kind < 0.42 or 0.72 <= kind < 0.92:  # extend; with the next: connect
+        known[: 1 + some[0]] = True
+    if 0.42 <= kind < 0.92:  # extend backward, which is learned more slowly
+        known[T - 1 - some[1] :] = True
+    if kind >= 0.92:  # any frames
+        known = u[3:] < u[1]
+    return known & (not known.all())
+
+
+@dataclass
+class Plan:
+    """What is to be encoded of one clip."""
+
+    number: int
+    image: bool
+    size: tuple[int, int, int]  # (T, H, W) of the window
+    known: np.ndarray  # [T] bool
+    ahead: int = 0  # latent frames that are encoded before the window: its past, at least
+    later: int = 0  # the frame of the clip at which it starts
+
+    @property
+    def alike(self) -> tuple:  # plans of which this is the same are encoded together
+        return self.size, self.image, self.ahead
+
+    @property
+    def lasts(self) -> bool:
+        """Whether only what lasts of its caption is true of it, or can be known when sampling: a
+        window from later on, or one that leads to a known ending."""
+        return bool(self.ahead or self.later or self.known[-1])
+
+
+def draw_plan(world: World, c, number: int, image: bool, size: list[int], frames: int) -> Plan:
+    """A window that sees its own past, in a share of `c.later`; a clip with known frames, in a
+    share of `c.given` (what lies between two ends, and half of what leads to an end, starts later
+    on); or just a clip. frames: how many there are from its start on."""
+    random, T = np.random.default_rng([c.seed, 3, number]), size[0]
+    plan = Plan(number, image, tuple(size), np.zeros(T, bool))
+    longer = frames >= T + FARTHEST * c.time_factor  # else it has no later on
+    kind, ahead = random.random(), int(random.integers(1, FARTHEST + 1))
+    if T > 1 and kind < c.later:
+        plan.ahead = ahead * longer
+    elif T > 1 and kind < c.later + c.given:
+        plan.known = known = draw_known(T, random.random(3 + T))
+        apart = longer and known[-1] and (known[0] or random.random() < 0.5)
+        plan.later = ahead * c.time_factor * int(apart)
+    return plan
+
+
+def draw_plans(world: World, c) -> list[Plan]:
+    """Of the first `c.items` clips: every clip, and every clip as an image."""
+    i = np.arange(min(len(world), c.items or len(world)))
+    frames, plans = world.frames(i).tolist(), []
+    for image in (False, True):
+        sizes = world.sizes(i, image).tolist()
+        each = zip(i.tolist(), sizes, frames, strict=True)
+        plans += [draw_plan(world, c, k, image, *of) for k, *of in each if image or of[0][0] > 1]
+    return plans
+
+
+# ------------------------------------------------------------------------------- encoding: a shard
+
+
+@torch.no_grad()
+def encode(vae: VAE, video: Tensor, plans: list[Plan]) -> list[tuple[Tensor, Tensor | None]]:
+    """Clips [b, C, T, H, W] of plans that are `alike`: of each its latent [Z, a + t, h, w], and
+    what the network is shown of known frames [Z + ft, t, h, w], if there are any."""
+    latent, given = vae.encode(video), [None] * len(plans)
+    some = [k for k, plan in enumerate(plans) if plan.known.any()]
+    if some:
+        known = torch.from_numpy(np.stack([plans[k].known for k in some])).to(video.device)
+        for k, shown in zip(some, vae.encode_known(video[some], known)[0], strict=True):
+            given[k] = shown
+    return list(zip(latent, given, strict=True))
+
+
+class Pixels(torch.utils.data.Dataset):
+    """Groups of clips for torch's DataLoader, whose workers decode them side by side."""
+
+    def __init__(self, world: World, groups: list[list[Plan]], unit: int):
+        self.world, self.groups, self.unit = world, groups, unit
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, k: int) -> list:
+        group = self.groups[k]
+        (T, _, _), image, ahead = group[0].alike
+        i, later = ([getattr(plan, name) for plan in group] for name in ("number", "later"))
+        return self.world.clips(np.array(i), image, np.array(later), T + ahead * self.unit)
+
+
+def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:
+    """Plans that are alike together, a few megabytes each, in random order."""
+    kinds, groups = {}, []
+    for plan in plans:
+        kinds.setdefault(plan.alike, []).append(plan)
+    for (size, _, ahead), some in kinds.items():
+        most = max(1, pixels // (int(np.prod(size)) + 4 * ahead * size[1] * size[2]))
+        groups += [some[k : k + most] for k in range(0, len(some), most)]
+    return [groups[k] for k in np.random.default_rng(0).permutation(len(groups))]
+
+
+def made_ahead(dataset, order: range, workers: int) -> torch.utils.data.DataLoader:
+    """dataset[k] of each k in order, made ahead by worker processes, if there are any."""
+    workers = 0 if sys.platform == "win32" else workers
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=order, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # worlds and closures need no pickling
+    )  # fmt: skip
+
+
+class Shard:
+    """Where one process writes."""
+
+    def __init__(self, folder: Path):
+        self.numbers, self.rows = (folder / f"{rank():05d}{end}" for end in (".bin", ".idx"))
+        for path in (self.numbers, self.rows):
+            path.touch()
+        read_rows(self.rows).tofile(self.rows)  # without a row that was torn
+        os.truncate(self.numbers, self.numbers.stat().st_size // 2 * 2)
+
+    def append(self, plans: list[Plan], encoded: list, actions: list) -> None:
+        rows, parts, at = [], [], self.numbers.stat().st_size // 2
+        for plan, (latent, given), done in zip(plans, encoded, actions, strict=True):
+            some = [x for x in (latent, given, done) if x is not None]
+            parts.append(torch.cat([x.flatten().cpu().half() for x in some]).numpy())
+            t, h, w = latent.shape[1:]
+            rows.append([plan.number, plan.image, at, t - plan.ahead, h, w, plan.ahead, plan.later,
+                         given is not None, plan.lasts, done is not None])  # fmt: skip
+            at += len(parts[-1])
+        for path, what in ((self.numbers, parts), (self.rows, [np.array(rows, np.int64)])):
+            with open(path, "ab") as file:
+                file.write(b"".join(part.tobytes() for part in what))
+
+
+def read_rows(path: Path) -> np.ndarray:
+    rows = np.fromfile(path, np.int64)
+    return rows[: len(rows) // len(COLUMNS) * len(COLUMNS)].reshape(-1, len(COLUMNS))
+
+
+def about(world: World, vae: VAE, c) -> dict:
+    """What makes items other items."""
+    weights = b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())
+    flags = {name: getattr(c, name) for name in ("seed", "items", "later", "given")}
+    return flags | {"vae": zlib.crc32(weights), "world": world.stamp()}
+
+
+def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
+    """Encode what is not there yet, and open it. Every process has its share."""
+    what, path, shape = about(world, vae, c), folder / "about.json", (c.channels, c.time_factor)
+    was = json.loads(path.read_text()) if path.exists() else {}
+    if was == what | {"complete": True}:
+        return Items(folder, *shape)
+    barrier()  # until all have looked
+    if rank() == 0:
+        if was and was != what:
+            print(f"{folder}: of another VAE, or of other clips: encoded anew", flush=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_about(path, what)
+    barrier()
+    done = Items(folder, *shape)
+    have = set(zip(done["number"].tolist(), done["image"].tolist(), strict=True))
+    groups = grouped([p for p in draw_plans(world, c) if (p.number, int(p.image)) not in have])
+    groups, shard = groups[rank() :: ranks()], Shard(folder)
+    loader = made_ahead(Pixels(world, groups, c.time_factor), range(len(groups)), c.workers)
+    bar = tqdm(total=sum(map(len, groups)), desc="items", unit="clip", disable=rank() > 0)
+    for group, clips in zip(groups, loader, strict=True):
+        here = [(plan, clip) for plan, clip in zip(group, clips, strict=True) if clip is not None]
+        if here:
+            plans, clips = zip(*here, strict=True)
+            video = to_float([clip.pixels for clip in clips]).to(vae.mean.device)
+            acts = [None if x.actions is None else latent_actions(x.actions, c.time_factor)
+                    for x in clips]  # fmt: skip
+            with bf16(video.device):
+                shard.append(plans, encode(vae, video, plans), acts)
+        bar.update(len(group))
+        if STOP:
+            raise SystemExit("stopped while encoding; the same command continues")
+    bar.close()
+    barrier()
+    if rank() == 0:
+        write_about(path, what | {"complete": True})
+    return Items(folder, *shape)
+
+
+def write_about(path: Path, what: dict) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(what) + "\n")
+    os.replace(part, path)
+
+
+# --------------------------------------------------------------------------------- reading: items
+
+
+class Items:
+    """What all processes encoded, in the order of the clips' numbers: columns by name [n]."""
+
+    def __init__(self, folder: Path, channels: int, time_factor: int):
+        self.channels, self.time_factor = channels, time_factor
+        self.shards, rows = [], [np.zeros((0, len(COLUMNS) + 1), np.int64)]
+        for path in sorted(folder.glob("*.idx")):
+            found = read_rows(path)
+            if len(found):
+                rows.append(np.column_stack([found, np.full(len(found), len(self.shards))]))
+                self.shards.append(np.memmap(path.with_suffix(".bin"), np.float16, "r"))
+        rows = np.concatenate(rows)
+        self.rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def planned(cls, world: World, vae: VAE, c) -> "Items":
+        """What would be encoded: sizes alone, to count with."""
+        made = cls(Path("nowhere"), c.channels, c.time_factor)
+        made.rows = np.array([
+            [plan.number, plan.image, 0, *vae.grid(*plan.size), plan.ahead, plan.later, 0, 0, 0, 0]
+            for plan in draw_plans(world, c)
+        ])  # fmt: skip
+        return made
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.rows[:, COLUMNS.index(name)]
+
+    def held(self, k: int) -> np.ndarray:
+        """Which latent frames of an item with known frames are known whole: [t] bool."""
+        row, Z, ft = self.rows[k].tolist(), self.channels, self.time_factor
+        at, (t, h, w), ahead = row[2], row[3:6], row[6]
+        first = at + Z * (ahead + t) * h * w + Z * t * h * w  # past the latents
+        mask = self.shards[row[-1]][first : first + ft * t * h * w].reshape(ft, t, h * w)
+        return np.array(mask[:, :, 0].all(0))
+
+    def read(self, k: int) -> dict[str, Tensor | None]:
+        """Item k: "whole" [Z, a + t, h, w], of which "latent" [Z, t, h, w] is the window; "given"
+        [Z + ft, t, h, w] and "actions" [t, ft], or None."""
+        row = dict(zip([*COLUMNS, "shard"], self.rows[k].tolist(), strict=True))
+        at, Z, ft, ahead = row["at"], self.channels, self.time_factor, row["ahead"]
+        t, h, w = row["t"], row["h"], row["w"]
+
+        def take(*shape: int) -> Tensor:
+            nonlocal at
+            count = int(np.prod(shape))
+            values, at = self.shards[row["shard"]][at : at + count].astype(np.float32), at + count
+            return torch.from_numpy(values).view(shape)
+
+        whole = take(Z, ahead + t, h, w)
+        given = take(Z + ft, t, h, w) if row["given"] else None
+        actions = take(ahead + t, ft).long()[ahead:] if row["actions"] else None
+        return {"whole": whole, "latent": whole[:, ahead:], "given": given, "actions": actions}

@@ -1,0 +1,309 @@
+"""A folder of your own videos and images, as numbered clips at their native size.
+
+The problem. People's files have every size, shape, frame rate and length, and some are broken. A
+training wants numbered clips whose sizes it knows long before it needs their pixels, the same ones
+in every process and after every restart.
+
+The idea. Look at each file once, and remember how large and how long it is: the index. All else is
+arithmetic on it. Clip i is a *window*, a part of a video of at most `longest` frames:
+
+  * shape: scaled down to about `pixels` pixels, with sides on the patch grid. Never cropped, never
+    enlarged, and stretched by no more than the grid asks for (the report: training at native size
+    frames and composes better than on square crops). A turned phone's video is upright.
+  * time: frame j is what the file shows j / fps seconds after its start, by its own time stamps. A
+    video of F such frames gives F // longest windows side by side, or one of 1 + unit k frames. The
+    spare frames lie where a hash of the file's name puts them. An image is a window of one frame.
+
+    a video of 47 frames, longest = 17   |   --- 17 --- --- 17 ---    |   2 windows, 13 spare
+    a video of 12 frames, unit = 4       | -- 9 --  |                     1 window, 3 spare
+
+Captions: `name.txt` beside `name.mp4`, or lines {"file": "sub/name.mp4", "caption": "a dog"} in
+captions.jsonl in the folder. media.py reads the pixels.
+
+Alphabet: F frames of a file, T of a clip, H x W pixels; n numbers are asked for at once.
+
+Run `python -m worlds.folder FOLDER` to look at your files first: what is read, what not and why.
+"""
+
+import json
+import os
+import sys
+import zlib
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Clip, Digits, World, WorldConfig, hashed_uniform, sheet
+from worlds.media import VIDEO, probe, read, write_clip
+
+KINDS = (*VIDEO, ".gif", ".png", ".jpg", ".jpeg", ".webp")
+INDEX = ".clips-index.jsonl"  # in the folder, so that every run uses it
+VERSION = 2  # of `probe`: what an older one found is looked at again
+
+# ------------------------------------------------------------------------------ files and captions
+
+
+def find_files(root: Path) -> list[str]:
+    """Names of all files below a folder, sorted. Links to folders count, hidden files don't."""
+    found, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        known = os.path.realpath(folder) in seen  # a link leads back
+        seen.add(os.path.realpath(folder))
+        below[:] = [x for x in below if x[0] != "." and not known]
+        names = [x for x in names if x[0] != "." and not known]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    return sorted(found)
+
+
+def look_at(path: Path) -> dict:
+    """What `probe` says of a file, or why it can't be used."""
+    try:
+        return probe(path)
+    except (ValueError, OSError) as error:
+        return {"broken": str(error).removeprefix(f"{path}: ")}
+
+
+def make_index(root: Path, names: list[str]) -> dict[str, dict]:
+    """{name: what `look_at` says}. Only files that are new or have changed are looked at."""
+    known, index, k = {}, {}, 0
+    try:
+        for line in (root / INDEX).read_text("utf-8").split("\n")[:-1]:
+            known[json.loads(line)["file"]] = json.loads(line)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or a torn line
+    for name in names:
+        stat = (root / name).stat() if (root / name).exists() else None  # None: a link to nowhere
+        stamp = [VERSION, stat.st_mtime_ns, stat.st_size] if stat else [VERSION]
+        same = known.get(name, {}).get("stamp") == stamp
+        index[name] = known[name] if same else {"file": name, "stamp": stamp}
+    new = [name for name in names if len(index[name]) == 2]
+    workers = min(8, os.cpu_count() or 1) if len(new) > 16 else 0
+    paths = [root / name for name in new]
+    loader = DataLoader(paths, batch_size=None, collate_fn=look_at, num_workers=workers)
+    try:
+        for k, found in enumerate(tqdm(loader, "index", unit="file", disable=len(new) < 100), 1):
+            index[new[k - 1]] |= found
+            if "broken" in found:
+                warn(f"skipped {root / new[k - 1]}: {found['broken']}")
+    except RuntimeError:  # a worker died
+        near = ", ".join(new[k : k + 2 * workers])
+        raise ValueError(f"{root}: a decoder crashes: take one of these away: {near}") from None
+    if new or len(known) != len(index):
+        try:
+            part = root / f"{INDEX}.{os.getpid()}"
+            part.write_text("".join(json.dumps(x) + "\n" for x in index.values()), "utf-8")
+            os.replace(part, root / INDEX)
+        except OSError:
+            pass  # a folder that can only be read: it is looked at again each time
+    return index
+
+
+def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, str]:
+    """{name: caption} of files that have one: from beside them, or else from captions.jsonl. Says
+    which of the `others` came to nothing."""
+    path, captions, unused, known = root / "captions.jsonl", {}, {}, set(names)
+    for number, line in enumerate(read_text(path).split("\n") if path.exists() else [], 1):
+        try:
+            entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
+            name = os.path.relpath(root / entry["file"].replace("\\", "/"), root)
+            name, said = Path(name).as_posix(), " ".join((entry["caption"] or "").split())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            form = '{"file": "a.mp4", "caption": "a dog"}'
+            raise ValueError(f"{path}, line {number}: each line is like {form}") from None
+        if said and (name not in known or name in captions):
+            unused.setdefault("lines of captions.jsonl", []).append(name)
+        elif said:
+            captions[name] = said
+    if unused and not captions:
+        raise ValueError(f"{path} names none of the {len(names)} files that are there")
+    beside = {os.path.splitext(x)[0]: x for x in others if x.lower().endswith(".txt")}
+    beside = {x: beside[os.path.splitext(x)[0]] for x in names if os.path.splitext(x)[0] in beside}
+    captions |= {name: " ".join(read_text(root / x).split()) for name, x in beside.items()}
+    for name in sorted(set(others) - set(beside.values()) - {path.name}):
+        unused.setdefault(Path(name).suffix.lower() or "files without a suffix", []).append(name)
+    if unused:
+        left = (f"{len(x)} {kind}, as {', '.join(x[:3])}" for kind, x in unused.items())
+        warn(f"left alone in {root}: {'; '.join(left)}")
+    return {name: said for name, said in captions.items() if said}
+
+
+def read_text(path: Path) -> str:
+    """UTF-8; as Windows writes it, too: with a mark in front, or UTF-16."""
+    raw = path.read_bytes()
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = raw.decode("utf-16" if wide else "utf-8-sig", "replace")
+    if "\ufffd" in text:
+        warn(f"{path}: not in UTF-8, some letters are lost")
+    return text
+
+
+def warn(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of all processes of a training, one
+        tqdm.write(line, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------- windows
+
+
+def fitted(H: int, W: int, pixels: int, multiple: int) -> tuple[int, int]:
+    """The size at which a file is shown: sides that `multiple` divides, about `pixels` in all. Of
+    the four such sizes around the exact one, the one with the nearest shape."""
+    scale = min(1.0, (pixels / (H * W)) ** 0.5)
+    if min(H, W) * scale < multiple / 2:
+        raise ValueError(f"{H} x {W} is too thin: a side would be less than half of {multiple}")
+    sides = []
+    for side in (H, W):
+        low = max(1, int(side * scale / multiple)) * multiple
+        sides.append((low, low + multiple * (low < side * scale and low + multiple <= side)))
+    stretch = {(h, w): abs(np.log(h * W / (w * H))) for h in sides[0] for w in sides[1]}
+    area = {(h, w): abs(np.log(h * w / (H * W * scale**2))) for h, w in stretch}
+    return min(stretch, key=lambda size: (round(stretch[size], 6), area[size]))
+
+
+class Folder(World):
+    colors = 3
+
+    def __init__(self, config: WorldConfig):
+        super().__init__(config)
+        self.root, self.fps, self.broken = Path(config.kind), config.fps, {}
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root}: no such folder, nor a world of that name")
+        found = find_files(self.root)
+        names = [name for name in found if Path(name).suffix.lower() in KINDS]
+        self.files, shapes = [], []
+        for name, file in make_index(self.root, names).items():
+            try:
+                if "broken" in file:
+                    raise ValueError(file["broken"])
+                shapes.append(fitted(file["height"], file["width"], config.pixels, config.multiple))
+                self.files.append(file)
+            except ValueError as error:
+                self.broken[name] = str(error)
+        if not self.files:
+            why = f"none of its {len(names)} files can be used" if names else "no file of "
+            raise FileNotFoundError(f"{self.root}: {why}{'' if names else ' '.join(KINDS)}")
+        self.captions = read_captions(self.root, names, sorted(set(found) - set(names)))
+        self.arrange(np.array(shapes))
+
+    def arrange(self, shapes: np.ndarray) -> None:
+        """The windows of the files, whose shapes are [files, 2]."""
+        c, unit = self.config, self.config.unit
+        longest = 1 + (max(c.durations) - 1) // unit * unit
+        # F frames of ours in each file; of its windows, how many there are, and of how many frames.
+        seconds = np.array([file["seconds"] for file in self.files])
+        self.length = np.maximum(1, (seconds * c.fps + 1e-3).astype(int))  # [files]
+        T = np.minimum(1 + (self.length - 1) // unit * unit, longest)
+        count = np.where(T < longest, 1, self.length // longest)
+        self.keys = np.array([zlib.crc32(file["file"].encode()) for file in self.files])
+        spare = hashed_uniform(c.seed, self.keys, 1)[:, 0] * (self.length - count * T + 1)
+        self.file = np.repeat(np.arange(len(count)), count)  # [N]; each window's
+        part = np.arange(len(self.file)) - (np.cumsum(count) - count)[self.file]  # 0 1 2 0 0 1
+        self.start = spare.astype(int)[self.file] + part * T[self.file]  # [N]
+        self.windows = np.column_stack([T, shapes])[self.file]  # [N, 3]
+        self.durations = tuple(np.unique(self.windows[:, 0]).tolist())
+        moves = self.windows[:, 0] > 1
+        videos, images = (Counter(map(tuple, self.windows[x, 1:].tolist())) for x in (moves, ~moves))
+        self.shapes = tuple(shape for shape, _ in (videos or images).most_common(8))
+        images = (shape for shape, _ in images.most_common(8))
+        self.image_shapes = tuple(shape for shape in images if shape not in self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def sizes(self, i, image: bool = False) -> np.ndarray:
+        return np.where([image, False, False], 1, self.windows[i])
+
+    def frames(self, i) -> np.ndarray:
+        return (self.length[self.file] - self.start)[i]
+
+    def labelled(self, i) -> np.ndarray:
+        return np.array([bool(clip.caption) for clip in self.told(i)], bool)
+
+    def held_back(self, i) -> np.ndarray:
+        """About 2% of the files, with all their windows; of fewer than 20 files, none."""
+        u = hashed_uniform(self.config.seed + 2**35, self.keys, 1)[self.file[i], 0]
+        return (u < 0.02) & (len(self.files) >= 20)
+
+    def told(self, i, image: bool = False, later=0, frames: int | None = None) -> list[Clip]:
+        names = [self.files[k]["file"] for k in self.file[i]]
+        return [Clip(name, self.captions.get(name, "")) for name in names]
+
+    def clips(self, i, image=False, later=0, frames: int | None = None) -> list[Clip | None]:
+        clips, first = self.told(i), self.start[i] + later
+        for k, (T, H, W) in enumerate(self.sizes(i, image).tolist()):
+            name, file = clips[k].name, self.files[self.file[i[k]]]
+            times = (first[k] + np.arange(frames or T)) / self.fps
+            try:
+                clips[k].pixels = read(self.root / name, times, (H, W), self.colors, file)
+            except ValueError as error:
+                if name not in self.broken:
+                    warn(f"skipped {error}")
+                self.broken[name] = str(error).removeprefix(f"{self.root / name}: ")
+                clips[k] = None
+        return clips
+
+    def prompts(self, n: int) -> list[tuple[str, tuple[int, int, int]]]:
+        """Captions and sizes of the first files that have a caption, or else of the first files."""
+        i = np.unique(self.file, return_index=True)[1]
+        i = (i[self.labelled(i)] if self.captions else i)[:n]
+        said = [clip.caption for clip in self.told(i)]
+        return list(zip(said, map(tuple, self.sizes(i).tolist()), strict=True))
+
+    def stamp(self) -> str:
+        what = [[file["file"], file["stamp"]] for file in self.files]
+        what.append(asdict(self.config) | {"kind": ""})  # the same folder may have other paths
+        return f"{zlib.crc32(json.dumps(what).encode()):08x}"
+
+    def summary(self) -> str:
+        """One line: what was found."""
+        videos, seconds = int((self.length > 1).sum()), self.length.sum() / self.fps
+        found = f"{videos} videos of {seconds:.0f} seconds, {len(self.length) - videos} images"
+        found += f"; {len(self)} clips of {len(np.unique(self.windows, axis=0))} sizes"
+        has = f"{len(self.captions)} files have captions; {len(self.broken)} are broken"
+        return f"{self.root}: {found}; {has}"
+
+    def close(self) -> None:
+        """Say again what could not be used."""
+        for name, reason in sorted(self.broken.items()):
+            warn(f"not used: {self.root / name}: {reason}")
+
+
+WORLD = Folder
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+def demo_files(root: Path) -> None:
+    """Moving digits as files, one of which breaks off, where nobody has named a folder."""
+    names = ("a.mp4", "b.gif", "c.webp")
+    for name, clip in zip(names, Digits(WorldConfig()).clips(np.arange(3)), strict=True):
+        write_clip(root / name, clip.pixels)
+        (root / name).with_suffix(".txt").write_text(clip.brief)
+    (root / "cut.mp4").write_bytes((root / "a.mp4").read_bytes()[:1500])
+
+
+def main(root: str | None = None) -> None:
+    with TemporaryDirectory() as made:
+        if root is None:
+            demo_files(Path(made))
+        world = Folder(WorldConfig(root or made))
+        print(world.summary())
+        for (T, H, W), count in Counter(map(tuple, world.windows.tolist())).most_common(10):
+            print(f"  {count:6d} windows of {T} x {H} x {W}")
+        clips = [clip for clip in world.clips(np.arange(min(len(world), 12))) if clip]
+        titles = [f"{clip.name}: {clip.caption or '(no caption)'}"[:100] for clip in clips]
+        sheet([clip.pixels for clip in clips], titles).save("folder_demo.png")
+        print("wrote folder_demo.png")
+        world.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:2])
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"folder.py: {error}", file=sys.stderr) or 2)
