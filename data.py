@@ -73,6 +73,8 @@ class World:
     """Numbered clips. Arrays of numbers `i` are [n]; `image`: each clip as a single frame."""
 
     colors, fps, actions = 1, 10, ()  # C; frames a second; the names of the actions 1, 2, ...
+    briefs = True  # whether what a person would type is known, too: then prompts can be expanded
+    slow = False  # whether clips take long to make: then worker processes make them ahead
 
     def __init__(self, config: WorldConfig):
         self.config = config
@@ -128,7 +130,7 @@ class World:
     def about(self) -> dict:
         """What a trained network has to know of its world, as plain values."""
         about = {"config": asdict(self.config), "colors": self.colors, "fps": self.fps}
-        about |= {"actions": self.actions, "durations": self.durations}
+        about |= {"actions": self.actions, "briefs": self.briefs, "durations": self.durations}
         return about | {"shapes": self.shapes, "image_shapes": self.image_shapes}
 
     def stamp(self) -> str:

@@ -1,4 +1,4 @@
-"""Figures for what the report only shows. Each of these has its own --help:
+"""Figures for what the report only shows; each has a --help of its own.
 
     python evaluate.py prompts      # do clips show what their prompts say?
     python evaluate.py tasks        # is what is known kept, and carried on?
@@ -8,55 +8,55 @@
     python evaluate.py bench        # how fast are training and the VAE?
 """
 
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 
-import sample
 from measure import bench, language, prompts, scaling, tasks
+from sample import Parser
 
-LEAST = {"ones": 1, "twos": 0, "clips": 1, "minutes": 1, "steps": 1, "repeats": 1, "seed": 0}
-FLAGS = {
-    "run": {"help": "a folder that train.py wrote (default: the newest)"},
-    "seed": {"type": int, "default": 0},
-    "steps": {"type": int, "help": "of sampling (default: as sample.py); scaling: of the training"},
-    "guidance": {"type": float, "help": "1: none (default: as sample.py)"},
-    "no-expand": {"action": "store_true", "help": "take the short prompts as they are"},
-    "ones": {"type": int, "help": "how many clips of one digit"},
-    "twos": {"type": int, "help": "how many clips of two digits"},
-    "clips": {"type": int, "help": "how many for each figure"},
-    "minutes": {"type": int, "help": "how many clips of a minute"},
-    "against": {"metavar": "RUN", "help": "an equal run with --captions written: do the clips of "
-                "--run follow prompts better?"},
-    "out": {"default": "out/scaling", "help": "a folder for runs and pictures"},
-    "repeats": {"type": int, "help": "the median of so many is printed"},
-}  # fmt: skip
 COMMANDS = {
-    "prompts": (prompts.main, "run ones=480 twos=120 seed steps guidance no-expand"),
-    "tasks": (tasks.main, "run clips=40 minutes=10 seed steps"),
-    "language": (language.main, "run clips=1000 against ones=240 twos=120 seed"),
+    "prompts": (prompts.main, "run ones=480 twos=120 seed=0 steps guidance no-expand"),
+    "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
+    "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
     "scaling": (scaling.main, "run steps ones=160 out"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
 }
+FLAGS = {
+    "run": {"help": "a folder that train.py wrote (default: the newest)"},
+    "steps": {"type": int, "help": "of sampling; scaling: of the longest training"},
+    "guidance": {"type": float, "help": "1: none (default: as sample.py)"},
+    "no-expand": {"action": "store_true", "help": "take the short prompts as they are"},
+    "against": {"metavar": "RUN", "help": "an equal run with --captions written, to compare with"},
+    "out": {"default": "out/scaling", "help": "a folder for runs and pictures"},
+}
 
 
 def main() -> None:
-    parser = sample.Parser("evaluate.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
+    how = {"formatter_class": RawDescriptionHelpFormatter}
+    parser = Parser("evaluate.py", description=__doc__, **how)
     commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(COMMANDS))
     for name, (measure, flags) in COMMANDS.items():
         about = measure.__doc__ or sys.modules[measure.__module__].__doc__
-        command = commands.add_parser(name, description=about, formatter_class=RawDescriptionHelpFormatter)
-        for flag, _, default in (flag.partition("=") for flag in flags.split()):
-            how = {"type": int, "default": int(default)} if default else {}
-            command.add_argument(f"--{flag}", **FLAGS[flag] | how)
+        say = commands.add_parser(name, description=about, **how).add_argument
+        for flag, _, value in (flag.partition("=") for flag in flags.split()):
+            number = {"type": int, "default": int(value or 0), "help": f"default: {value}"}
+            say(f"--{flag}", **FLAGS.get(flag, number))
         if name == "scaling":
-            command.add_argument("train", nargs="*", help="flags of train.py, behind --")
+            say("train", nargs="*", help="flags of train.py, behind --")
     args = parser.parse_args()
-    for name, least in LEAST.items():
-        if (value := getattr(args, name, None)) is not None and value < least:
+    for name, value in vars(args).items():
+        least = int(name not in ("seed", "twos", "no_expand"))
+        if isinstance(value, int) and value < least:
             parser.error(f"--{name} {value}: at least {least}")
     try:
-        COMMANDS[args.command][0](args)
+        if made := COMMANDS[args.command][0](args):
+            folder, figures, page = made
+            (folder / f"{args.command}.json").write_text(json.dumps(figures, indent=2) + "\n")
+            if page:
+                page.save(folder / f"{args.command}.png")
+            print(f"wrote {args.command}.json{' and .png' * bool(page)} in {folder}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

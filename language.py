@@ -157,9 +157,9 @@ class Block(nn.Module):
         read up to `at` and written from there on."""
         m, first = x.shape[1], x.shape[1] - mask.shape[2]
         h = F.layer_norm(x, x.shape[-1:], self.scale[0])
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        pairs = zip((q, k), self.gain, strict=True)  # [B, heads, m, head]
-        q, k = (rotate(F.rms_norm(y, y.shape[-1:]) * g.type_as(y), *turn) for y, g in pairs)
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qk = F.rms_norm(qkv[:2], qkv.shape[-1:]) * self.gain[:, None].type_as(qkv)
+        (q, k), v = rotate(qk, *turn), qkv[2]  # [B, heads, m, head] each
         if cache is not None:
             cache[..., at : at + m, :] = torch.stack([k, v])
             k, v = cache[..., : at + m, :]
@@ -403,7 +403,8 @@ def squares(count: int, seed: int) -> tuple[list[Tensor], list[str]]:
 
 def main() -> None:
     torch.manual_seed(0)
-    latents, captions = squares(32, seed=0)
+    torch.set_num_threads(1)  # faster for products this small
+    latents, captions = squares(64, seed=0)
     words = Tokenizer.from_captions(captions, 300)
     texts = [words.encode(caption) for caption in captions]
     print(f"{words.size} ids; {captions[0]!r} -> {texts[0]}; 'a löft' -> {words.encode('a löft')}")

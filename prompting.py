@@ -72,9 +72,7 @@ def newest_run(root: str | Path = "out", name: str = "dit") -> Path:
     """The folder below `root` whose DiT was saved last."""
     paths = [find_weights(folder, name) for folder in Path(root).glob("*")]
     if not (found := [path for path in paths if path.is_file()]):
-        raise FileNotFoundError(
-            f"no trained run below {root}/: python train.py --preset tiny makes one"
-        )
+        raise FileNotFoundError(f"no trained run below {root}/: train.py --preset tiny makes one")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -125,7 +123,8 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
     device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
     path, folder = (path, path.parent) if path.is_file() else (find_weights(path, "dit"), path)
     dit, saved = load_network(path, DiT, DiTConfig, device)
-    full = saved["config"].get("captions") == "recaptioned"  # else it takes prompts as they are
+    full = saved["config"]["captions"] == "recaptioned"  # else it takes prompts as they are
+    full &= find_weights(folder, "text").exists()
     language = load_language(folder, device) if full else None
     words, vae = Tokenizer(saved["words"]), load_vae(folder, device)
     return Run(vae, dit, words, saved["world"], saved["config"], language)
@@ -134,10 +133,11 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
 def bf16(device: torch.device, cache: bool = True):
     """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay float32.
     cache: keep the bfloat16 copies of weights for when they are used again."""
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # AVX512 alone emulates it
-    able = any(getattr(torch.cpu, ask, bool)() for ask in asks)
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported()
+    else:  # AVX512 alone emulates it, three times slower than float32
+        asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        able = any(getattr(torch.cpu, ask, bool)() for ask in asks)
     how = {"dtype": torch.bfloat16, "cache_enabled": cache}
     return torch.autocast(device.type, **how) if able else nullcontext()
 
@@ -327,6 +327,13 @@ def windows(task: Task, run: Run) -> list[Window]:
 # --------------------------------------------------------------------------------------- one window
 
 
+def video_of(run: Run, clips, first: int, n: int) -> Tensor:
+    """n frames of clips [C, T, H, W]: [N, C, n, H, W]. Beyond its ends, a clip stands still."""
+    frames = np.arange(first, first + n)
+    clips = [clip[:, frames.clip(0, clip.shape[1] - 1)] for clip in clips]
+    return to_float(clips).to(run.device)
+
+
 def noisy_past(latent: Tensor, count: int, level: float | Tensor, eps: Tensor, ft: int) -> Tensor:
     """What the network is shown of a window's past, the first `count` frames of latent
     [N, Z, t, h, w]: [N, Z + ft, t, h, w], as `VAE.encode_known` does, but noised to `level`. So it
@@ -357,12 +364,6 @@ class Batch:
     how: Settings
     video: np.ndarray  # uint8 [N, C, K, H, W], up to the last known frame
 
-    def pixels(self, clips, first: int, n: int) -> Tensor:
-        """Frames of clips [C, T, H, W] as [N, C, n, H, W]. Beyond its ends, a clip stands still."""
-        frames = np.arange(first, first + n)
-        clips = [clip[:, frames.clip(0, clip.shape[1] - 1)] for clip in clips]
-        return to_float(clips).to(self.run.device)
-
     def actions(self, window: Window) -> list[Tensor] | None:
         """Of each clip [t, ft], if the network knows any."""
         if not self.run.dit.config.actions:
@@ -375,7 +376,7 @@ class Batch:
     def packed(self, texts: list[list[int]], actions, given: Tensor, start: int) -> Callable:
         """A callable for `diffusion.sample` over latents x [N, Z, t, h, w], a clip a row. level
         broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what is known."""
-        run, p, N, Z = self.run, self.run.config["patch"], *given[:, self.run.ft :].shape[:2]
+        run, p, N, Z = self.run, self.run.config["patch"], len(given), given.shape[1] - self.run.ft
         L = max(map(len, texts)) + patches.token_count(given.shape[2:], p)
         rows, starts = [[k] for k in range(N)], [start] * N
         layout = patches.pack(list(given[:, :Z]), texts, p, L, rows, starts, actions)
@@ -425,31 +426,31 @@ class Batch:
             return torch.stack(eps).to(run.device)  # [N, Z, t, h, w]
 
         x = eps = noise()
+        given = x.new_zeros(len(x), vae.channels + run.ft, t, h, w)
+        level, fixed = x.new_full((t,), self.tasks[0].strength), torch.arange(t).to(x) < k
         area = max(H * W for H, W in run.world["shapes"]) // vae.space_factor**2
         ratio = max(1.0, t * h * w / (trained_window(run) * area)) * run.config["shift"]
-        level, fixed = torch.full((t,), self.tasks[0].strength), torch.zeros(t, dtype=torch.bool)
-        given = torch.cat([eps, eps[:, :1].expand(-1, run.ft, -1, -1, -1)], dim=1).zero_()
-        if source is not None:  # a level from which the last `strength` of all steps fall
+        if source is not None:  # the level from which the last `strength` of all steps fall
             level = diffusion.shift_level(level, ratio)
-            x = diffusion.add_noise(source, eps, level[:, None, None].to(eps))
+            x = diffusion.add_noise(source, eps, level[:, None, None])
         if k:
             latent = torch.cat([past, torch.zeros_like(eps[:, :, k:])], dim=2)
             given = noisy_past(latent, k, CONTEXT, noise(), run.ft)
-            fixed[:k], level[:k] = True, CONTEXT
-            noisy = diffusion.add_noise(latent, eps, level[:, None, None].to(eps))
-            x = torch.cat([noisy[:, :, :k], x[:, :, k:]], dim=2)
+            level = torch.where(fixed, CONTEXT, level)
+            noisy = diffusion.add_noise(latent, eps, level[:, None, None])
+            x = torch.where(fixed[:, None, None], noisy, x)
         elif window.known.any():
-            known = torch.from_numpy(window.known).expand(len(eps), -1).to(run.device)
-            given, whole = run.vae.encode_known(self.pixels(self.video, window.first, n), known)
-            fixed = whole[0].cpu()  # [t], the same for each clip
+            known = torch.from_numpy(window.known).to(run.device).expand(len(x), -1)
+            video = video_of(run, self.video, window.first, n)
+            given, (fixed, *_) = run.vae.encode_known(video, known)  # [t], the same for each clip
             level = torch.where(fixed, 0.0, level)
-            x = torch.where(whole[:, None, :, None, None], given[:, : vae.channels], x)
-        levels = level_table(self.how.steps, level, fixed, ratio).to(eps)
+            x = torch.where(fixed[:, None, None], given[:, : vae.channels], x)
+        levels = level_table(self.how.steps, level, fixed, ratio)
         how = self.how.eta, run.config["prediction"], generators
         return diffusion.sample(self.denoiser(window, given), x, levels, *how)
 
 
-# ----------------------------------------------------------------------------------------- all of it
+# -------------------------------------------------------------------------------------- all windows
 
 
 @torch.no_grad()
@@ -459,8 +460,9 @@ def complete(
     """Tasks of one size, mask and strength, a seed each -> uint8 [N, C, n, H, W] ..., in order: all
     frames of the clips, the known ones bit for bit. What follows the last known frame comes as it
     is made, in memory that does not grow. A clip depends on its own task and seed alone."""
-    if len({(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}) != 1:
-        raise ValueError("the tasks of a batch must be of one size, mask and strength")
+    kinds = {(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}
+    if len(kinds) != 1 or len(tasks) != len(seeds):
+        raise ValueError("a batch has tasks of one size, mask and strength, and a seed for each")
     task, plan, vae = tasks[0], windows(tasks[0], run), run.vae
     T, K = len(task.known), 1 + max(np.flatnonzero(task.known), default=-1)
     end, source = task.frames or T, None
@@ -473,7 +475,7 @@ def complete(
             generators = [torch.Generator().manual_seed(seed + window.part) for seed in seeds]
             if task.strength < 1:
                 n = 1 + -(-(T - at - 1) // run.ft) * run.ft
-                source = vae.encode(batch.pixels([x.clip for x in tasks], at, n))
+                source = vae.encode(video_of(run, [x.clip for x in tasks], at, n))
         k = -(-(window.first - at) // run.ft)  # its first latent
         part = None if source is None else source[:, :, k : k + -(-len(window.known) // run.ft)]
         past = latent[:, :, -window.past :] if window.past else None
@@ -485,7 +487,7 @@ def complete(
         given = np.stack([x.clip[:, lo:hi] for x in tasks])
         made = np.where(task.known[lo:hi, None, None], given, made)
         batch.video[:, :, lo:hi] = made[:, :, : max(0, K - lo)]
-        if 0 < K and lo <= K < hi:
+        if lo <= K < hi and K:
             yield batch.video[:, :, :end]
         if hi > K:
             yield made[:, :, max(0, K - lo) : max(0, end - lo)]
@@ -509,9 +511,8 @@ def read_part(run: Run, clips: list[np.ndarray], last: bool) -> list[Tensor] | N
     L, H, W = clips[0].shape[1:]
     if not L or max(H, W) > max(map(max, run.world["shapes"])):
         return None
-    whole = 1 + (min(L, max(run.world["durations"])) - 1) // run.ft * run.ft
-    part = slice(L - whole, L) if last else slice(whole)
-    return list(run.vae.encode(to_float([clip[:, part] for clip in clips]).to(run.device)))
+    n = 1 + (min(L, max(run.world["durations"])) - 1) // run.ft * run.ft
+    return list(run.vae.encode(video_of(run, clips, L - n if last else 0, n)))
 
 
 @torch.no_grad()
@@ -520,7 +521,7 @@ def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
     what is known. A full caption says how a clip starts: if the first window does not start with
     the clip, only what lasts is said, as seen in the known frames beside what is made."""
     task, plan = tasks[0], windows(tasks[0], run)
-    if not run.language or not plan:
+    if not run.language or not run.world["briefs"] or not plan:
         return list(tasks)
     (T, H, W), (lo, hi) = task.clip.shape[1:], plan[0].turn
     follow = hi + int(np.pad(task.known[hi:], (0, 1)).argmin())  # where known frames end again
@@ -550,12 +551,23 @@ def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
 
 def main() -> None:
     torch.manual_seed(0)
-    world = data.Digits(data.WorldConfig())
-    vae, words = VAE(VAEConfig(channels=3, width=16)), Tokenizer([])
+    world = data.Digits(data.WorldConfig(shapes=((32, 32),), durations=(17,)))
+    a, b = (clip.pixels for clip in world.clips(np.arange(2), frames=9))
+    words, vae = Tokenizer([]), VAE(VAEConfig(channels=3, width=16))
     dit = DiT(DiTConfig(4 * (2 * 3 + 4), 4 * 3, words.size, width=32, depth=1, heads=2))
     run = Run(vae, dit, words, world.about(), {"patch": 2, "prediction": "x", "shift": 1.0})
-    a, b = (x.pixels[:, :9] for x in world.clips(np.arange(2), frames=9))
-    print(a.shape, b.shape)
+    tasks = {"new": new(run, (25, 32, 32), ""), "animate": animate(a[:, :1], 17, "")}
+    tasks |= {"extend": extend(a, 16, ""), "backward": extend(a, 16, "", backward=True)}
+    tasks |= {"loop": loop(a, 7, ""), "connect": connect(a, b, 7, ""), "edit": edit(a, 0.6, "")}
+    clips, marks = [], []
+    for name, task in tasks.items():
+        clips += finished(run, [task], [0], Settings(steps=4))
+        marks.append(task.known[: clips[-1].shape[1]])
+        plan = ", then ".join("{} to {}".format(*window.made) for window in windows(task, run))
+        print(f"{name:8s} {sum(marks[-1]):2d} frames known, makes {plan} -> {clips[-1].shape}")
+    page = data.sheet(clips, list(tasks), scale=1, most=25, marks=marks)
+    page.save("prompting_demo.png")
+    print("wrote prompting_demo.png: marked frames are known, the others by an untrained model")
 
 
 if __name__ == "__main__":

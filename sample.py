@@ -4,7 +4,6 @@
     python sample.py --prompt "a 3 moving up" --frames 17 --height 32 --width 48 --out three.gif
     python sample.py --prompt "a 3 moving up and a 1 moving left" --count 8 --scale 4 --out both.gif
     python sample.py --prompt "an 8 moving down" --frames 1 --out eight.png
-
     python sample.py --prompt "an 8 moving down" --image eight.png --out falling.gif
     python sample.py --prompt "a 7 moving left" --extend seven.gif --frames 33 --out longer.gif
     python sample.py --prompt "a 7 moving left" --extend seven.gif --backward --out earlier.gif
@@ -16,11 +15,9 @@
 
 A clip has the size of the grid of noise patches that sampling starts from: lay out more frames,
 rows or columns of noise, and a longer, taller or wider clip comes out (the report's "choosing the
-output size"). The frames of your files come out as your own pixels, untouched.
-
-If the model was trained on full captions, a short prompt is first expanded into one, differently
-for each seed, and printed. A clip is a function of its prompt, size, seed and files: alone, in a
-batch or tomorrow. In worlds with actions, --actions says what is done just before each new frame.
+output size"). The frames of your files come out as your own pixels, untouched. If the model was
+trained on full captions, a short prompt is first expanded into one, differently for each seed, and
+printed. A clip is a function of its prompt, size, seed and files: in a batch, alone or tomorrow.
 """
 
 import argparse
@@ -45,9 +42,7 @@ MOST_FRAMES = 10**6
 AT_ONCE = 16  # clips in a batch
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
+class Parser(argparse.ArgumentParser):  # a mistake is one line
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -56,6 +51,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = argparse.RawDescriptionHelpFormatter
     parser = Parser("sample.py", description=__doc__, formatter_class=how)
     say, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    length = parser.add_mutually_exclusive_group()
     say("--run", help="a folder that train.py wrote (default: the newest below out/)")
     say("--prompt", help='what to show; "" for anything')
     say("--no-expand", action="store_true", help="take the prompt as it is")
@@ -69,8 +65,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--then", metavar="PROMPT", help="with --connect: the prompt that it ends with")
     say("--strength", type=float, help="with --edit: 0 keeps the clip, 1 ignores it (default 0.6)")
     say("--actions", help='such as "left*8 right*8", a file with one a line, or random')
-    say("--frames", type=int, help="how many, or how many more; 1: an image (default: trained)")
-    say("--seconds", type=float, help="the same, in seconds")
+    length.add_argument("--frames", type=int, help="how many, or how many to add; 1 is an image")
+    length.add_argument("--seconds", type=float, help="the same, in seconds")
     say("--height", type=int, help="H in pixels (default: that of your clip, or as trained)")
     say("--width", type=int, help="W in pixels; your clip is resized to both")
     say("--fit", choices=["crop", "pad"], default="crop", help="how your clip gets a possible size")
@@ -83,6 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--scale", type=int, default=1, help="pixels of the file for each of the clip (default: 1)")
     say("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))
     args = parser.parse_args(argv)
+    args.seeds = range(args.seed, args.seed + args.count)
     one = (args.image, args.extend, args.loop, args.edit, args.caption)
     args.files = args.connect or [path for path in one if path]
     if problem := mistake(args):
@@ -101,8 +98,6 @@ def mistake(args: argparse.Namespace) -> str | None:
             return f"--{flag} is for --{needs}"
     if args.edit and (args.frames is not None or args.seconds is not None):
         return "--edit keeps the length of the clip: leave --frames and --seconds out"
-    if args.frames is not None and args.seconds is not None:
-        return "--frames or --seconds, not both"
     if args.actions and (args.backward or args.files and not args.extend):
         return "--actions is for --prompt alone, or for --extend"
     limits = {"frames": (1, MOST_FRAMES), "height": (1, 10**5), "width": (1, 10**5)}
@@ -129,9 +124,6 @@ def read_files(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
     return clips
 
 
-# ---------------------------------------------------------------------------------------- the task
-
-
 def actions_of(run: Run, text: str, seed: int, count: int | None) -> np.ndarray:
     """The numbers of the actions that a text says, or the file with that name; random: `count`."""
     if not (names := list(run.world["actions"])):
@@ -149,19 +141,18 @@ def actions_of(run: Run, text: str, seed: int, count: int | None) -> np.ndarray:
 
 def task_of(run: Run, args: argparse.Namespace, clips: list[np.ndarray]) -> Task:
     """What the flags ask for."""
-    kinds = ("extend", "loop", "connect")
-    kind = next((kind for kind in kinds if getattr(args, kind)), "new")
+    kind = next((k for k in ("extend", "loop", "connect") if getattr(args, k)), "new")
     L, prompt = sum(clip.shape[1] for clip in clips), args.prompt
     n = args.frames or (args.seconds and max(1, round(args.seconds * args.fps)))
     if not n and args.actions and args.actions != "random":
         n = len(actions_of(run, args.actions, 0, None)) + (kind == "new")
     n = n or prompting.room(run, L, "backward" if args.backward else kind)
-    H, W = clips[0].shape[2:] if clips else run.world["shapes"][0]
-    H, W = args.height or H, args.width or W
+    H, W = run.world["shapes"][0]
+    H, W = clips[0].shape[2:] if clips else (args.height or H, args.width or W)
     streamed = Path(args.out).suffix in VIDEO and kind in ("new", "extend") and not args.backward
     numbers = (1 if streamed else n) * H * W * args.scale**2 * run.vae.config.colors
     if n > MOST_FRAMES or numbers > MOST_NUMBERS:
-        raise ValueError(f"{n} x {H} x {W}: too large for memory; --prompt, --extend stream to .mp4")
+        raise ValueError(f"{n} x {H} x {W}: too large for memory; text and --extend stream to .mp4")
     if args.edit:
         return prompting.edit(*clips, 0.6 if args.strength is None else args.strength, prompt)
     if args.image:
@@ -177,16 +168,15 @@ def task_of(run: Run, args: argparse.Namespace, clips: list[np.ndarray]) -> Task
 
 def tasks_of(run: Run, args: argparse.Namespace, task: Task) -> list[Task]:
     """The task of each seed: with its actions, and its prompt expanded; says what to."""
-    seeds, first = list(range(args.seed, args.seed + args.count)), max(1, int(task.known.sum()))
-    tasks, room = [task] * args.count, len(task.known) - first
-    for k, seed in enumerate(seeds if args.actions else []):
+    first, tasks = max(1, int(task.known.sum())), [task] * args.count  # the first frame made
+    room = len(task.known) - first  # nothing is known of what was done before the others
+    for k, seed in enumerate(args.seeds if args.actions else []):
         done = actions_of(run, args.actions, seed, room)
         if len(done) > room:
             raise ValueError(f"--actions: {len(done)} of them, for {room} new frames")
-        actions = np.pad(done, (first, room - len(done)))  # before the first frame: unknown
-        tasks[k] = replace(task, actions=actions)
-    tasks = tasks if args.no_expand else prompting.expand(run, tasks, seeds)
-    for seed, one in zip(seeds, tasks, strict=True):
+        tasks[k] = replace(task, actions=np.pad(done, (first, room - len(done))))
+    tasks = tasks if args.no_expand else prompting.expand(run, tasks, args.seeds)
+    for seed, one in zip(args.seeds, tasks, strict=True):
         if said := [x for x in dict.fromkeys(one.prompts) if x not in task.prompts]:
             print(f"seed {seed}: {', then '.join(map(repr, said))}")
     return tasks
@@ -194,11 +184,10 @@ def tasks_of(run: Run, args: argparse.Namespace, task: Task) -> list[Task]:
 
 def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
     """Make clips and write them as they come; more than one with a sheet of all."""
-    said = {"steps": args.steps, "guidance": args.guidance}
-    said["eta"] = args.sampler and float(args.sampler == "ddpm")
+    eta = args.sampler and float(args.sampler == "ddpm")
+    said = {"steps": args.steps, "guidance": args.guidance, "eta": eta}
     said = {name: value for name, value in said.items() if value is not None}
-    how, out = replace(prompting.settings(tasks[0]), **said), Path(args.out)
-    seeds = list(range(args.seed, args.seed + args.count))
+    how, out, seeds = replace(prompting.settings(tasks[0]), **said), Path(args.out), args.seeds
     T, H, W = tasks[0].frames or len(tasks[0].known), *tasks[0].clip.shape[2:]
     names = [out.with_stem(f"{out.stem}_{seed}") for seed in seeds] if args.count > 1 else [out]
     times, strips = np.linspace(0, T - 1, min(9, T)).round().astype(int), [[] for _ in seeds]
@@ -248,7 +237,7 @@ def command(argv: list[str] | None = None) -> int:
     try:
         main(args)
     except KeyboardInterrupt:
-        print(f"sample.py: interrupted; {args.out} holds what was made so far", file=sys.stderr)
+        print(f"sample.py: interrupted; {args.out} has what was made, if anything", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ import sys
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class Config:
     pixels: int = 1024  # of a folder's frames, about: larger ones are scaled down
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # of digits
     digit: int = 14  # pixels; a digit's box
-    workers: int = 2  # processes that make clips
+    workers: int = 2  # processes that decode a folder's clips
     # the VAE (vae.py)
     channels: int = 3
     time_factor: int = 4
@@ -282,7 +283,7 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
         averaged.measure_statistics(to_float(video.to(device)) for video in parts)
 
     def steps(first: int) -> Iterator[list]:
-        return batches.in_order(batch, first, c.vae_steps, c.workers)
+        yield from items.made_ahead(batch, range(first, c.vae_steps), c.workers * world.slow)
 
     facts = facts | {"model": asdict(vae.config)}
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),
@@ -348,7 +349,8 @@ def train_dit(
 
     def steps(first: int) -> Iterator[list]:
         workers = c.workers if device.type == "cuda" else 0
-        return batches.in_order(lambda step: batches.parts(source, step), first, c.steps, workers)
+        make = partial(batches.parts, source)
+        yield from items.made_ahead(make, range(first, c.steps), workers)
 
     def loss(model: nn.Module, part: batches.Part, step: int) -> tuple[Tensor, dict]:
         return dit_loss(model, part.to(device), c, step)

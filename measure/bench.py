@@ -1,12 +1,12 @@
 """How fast: tokens a second in training, frames a second through the VAE. Needs no run.
 
-The problem. "Fast" means nothing without what is possible. So the first thing timed is a plain
-matrix product, and a training step is given as a share of its rate: what remains is the price of
-attention, of small matrices and of everything that is no product at all.
+"Fast" means nothing without what is possible. So the first thing timed is a plain matrix product,
+and a training step is given as a share of its rate: what remains is the price of attention, of
+small matrices and of everything that is no product at all.
 
 Two layouts of the same clips are timed: packed, several clips to a row (patches.py), and padded, a
 clip to a row as long as the largest needs, which is what most programs do. If packing were free, it
-would be as many times faster as its rows are fuller; bench says how much of that there is.
+would be as many times faster as its rows are fuller.
 
 Alphabet: B rows of L tokens; T frames of H x W pixels.
 """
@@ -64,20 +64,9 @@ def mixed_batch(vae: VAE, config: DiTConfig) -> dict[str, patches.Packed]:
     }
 
 
-def main(args: argparse.Namespace) -> None:
-    """The speed of the smallest sizes, with fresh weights, in the quicker number format."""
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device)
-    b = a.bfloat16()
-    taken = median_seconds(device, args.repeats, float32=lambda: a @ a, bfloat16=lambda: b @ b)
-    kind = min(taken, key=taken.get)
-    rate = 2 * side**3 / taken[kind]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=kind == "bfloat16")
-    print(f"{device.type}, {kind}: a plain matrix product runs at {rate / 1e12:.3f} TFLOP/s")
-
-    vae, dit = VAE(VAEConfig()).to(device), DiT(DiTConfig()).to(device)
+def training_steps(vae: VAE, rate: float, autocast: torch.autocast, repeats: int) -> None:
+    """Of a small DiT with fresh weights; rate: FLOP/s of a plain matrix product."""
+    device, dit = vae.mean.device, DiT(DiTConfig()).to(vae.mean.device)
     for weight in dit.parameters():  # adaLN's zeros, too: some devices multiply zeros faster
         nn.init.normal_(weight, std=0.02)
 
@@ -90,17 +79,30 @@ def main(args: argparse.Namespace) -> None:
 
     layouts, speed = {name: x.to(device) for name, x in mixed_batch(vae, dit.config).items()}, {}
     calls = {name: lambda packed=packed: step(packed) for name, packed in layouts.items()}
-    for name, seconds in median_seconds(device, args.repeats, **calls).items():
-        packed = layouts[name]
-        work = step_flops(dit, packed.lengths, packed.words, len(packed.frame_clip))
+    for name, seconds in median_seconds(device, repeats, **calls).items():
+        packed, (B, L) = layouts[name], layouts[name].text.shape
+        work = sum(step_flops(dit, packed.lengths, packed.words, len(packed.frame_clip)))
         speed[name] = sum(packed.lengths) / seconds
-        print(f"a step of {sum(w.numel() for w in dit.parameters()) / 1e6:.1f} M weights, {name} in "
-              f"{len(packed.text)} rows of {packed.text.shape[1]}, {packed.fill:.0%} full: "
-              f"{speed[name]:,.0f} tokens/s, {sum(work) / seconds / rate:.0%} of that rate")
+        print(f"training step, {name}: {B} rows of {L} tokens, {packed.fill:.0%} full, "
+              f"{speed[name]:,.0f} real tokens/s, {work / seconds / rate:.0%} of that rate")
     fuller = layouts["packed"].fill / layouts["padded"].fill
-    print(f"packed is {speed['packed'] / speed['padded']:.2f} times as fast; it is {fuller:.2f} "
-          "times as full")  # fmt: skip
+    print(f"packed is {speed['packed'] / speed['padded']:.2f} times as fast as padded, and "
+          f"{fuller:.2f} times as full")  # fmt: skip
 
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device)
+    b = a.bfloat16()
+    taken = median_seconds(device, args.repeats, float32=lambda: a @ a, bfloat16=lambda: b @ b)
+    kind = min(taken, key=taken.get)
+    rate = 2 * side**3 / taken[kind]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=kind == "bfloat16")
+    print(f"{device.type}, {kind}: a plain matrix product runs at {rate / 1e12:.3f} TFLOP/s")
+    vae = VAE(VAEConfig()).to(device)
+    training_steps(vae, rate, autocast, args.repeats)
     B, T, H, W = 16, 17, 32, 32
     video = torch.rand(B, vae.config.colors, T, H, W, device=device) * 2 - 1
     with torch.no_grad(), autocast:

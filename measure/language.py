@@ -2,8 +2,8 @@
 
 The problem. A caption is right or wrong in each of its facts, and looking at a few says nothing of
 their share. An expanded prompt cannot be right or wrong, as there is no clip yet. But it has to say
-what the prompt said, and what it adds must be possible: a digit that starts at the right wall can't
-move right, and a slow one does not bounce twice in nine frames.
+what the prompt said, and what it adds must be possible: a slow digit does not bounce twice in nine
+frames.
 
 The idea. The captions of data.py are a small language. Read it back into facts; compare them with
 those of the clip; and for the expander, look whether the world has any place where a digit could
@@ -28,7 +28,6 @@ from measure import prompts
 from vae import VAE, to_float
 
 FACTS = ("digit", "region", "direction", "speed", "bounces")  # of one digit
-IMAGES = 3  # of ten clips
 DIGIT = re.compile(
     r"an? (?P<digit>\d) at (?P<region>[a-z]+ [a-z]+)"
     r"(?: moving (?P<direction>\w+) (?P<speed>slowly|fast), (?P<bounces>\d+) bounces?)?"
@@ -45,21 +44,21 @@ def read_caption(said: str) -> dict | None:
     found = [DIGIT.fullmatch(sentence) for sentence in sentences]
     if not frames or not found or not all(found):
         return None
-    digits = []
-    for facts in (match.groupdict() for match in found):
-        bounces = facts["bounces"] and int(facts["bounces"])
-        digits.append(facts | {"digit": int(facts["digit"]), "bounces": bounces})
+    digits = [match.groupdict() for match in found]
+    for facts in digits:
+        facts["digit"] = int(facts["digit"])
+        facts["bounces"] = facts["bounces"] and int(facts["bounces"])
     return {"frames": int(frames[1] or 1), "digits": digits}
 
 
 def read_prompt(said: str) -> list[dict]:
     """What a short prompt says of each digit: "digit" and "direction", None where it doesn't."""
-    named = {word: k for k, word in enumerate(data.NUMBERS)} | {str(k): k for k in range(10)}
+    numbers = {word: k for k, word in enumerate(data.NUMBERS)} | {str(k): k for k in range(10)}
     digits = []
     for words in (part.split() for part in said.split(" and ")):
-        digit = next((named[word] for word in words if word in named), None)
-        way = next((word for word in words if word in data.DIRECTIONS), None)
-        digits.append({"digit": digit, "direction": way})
+        named = [numbers[word] for word in words if word in numbers] + [None]
+        ways = [word for word in words if word in data.DIRECTIONS] + [None]
+        digits.append({"digit": named[0], "direction": ways[0]})
     return digits
 
 
@@ -96,13 +95,10 @@ def is_kept(wanted: list[dict], caption: dict) -> bool:
     """Whether a caption says all of the prompt, each digit with its own direction, and no more
     digits. Which comes first is free. An image shows no direction."""
     names = ("digit",) if caption["frames"] == 1 else ("digit", "direction")
-
-    def same(want: dict, fact: dict) -> bool:
-        return all(want[name] in (None, fact[name]) for name in names)
-
     return len(wanted) == len(caption["digits"]) and any(
-        all(map(same, wanted, order)) for order in permutations(caption["digits"])
-    )
+        all(want[x] in (None, fact[x]) for want, fact in zip(wanted, order, strict=True)
+            for x in names) for order in permutations(caption["digits"])
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ two measures
@@ -124,28 +120,19 @@ def score(said: dict | None, want: dict) -> dict[str, float]:
     return scores | dict(zip(facts, np.mean(max(right, key=np.sum), 0).tolist(), strict=True))
 
 
-def mixed(world: data.Digits, n: int, pixels: bool) -> list[data.Clip]:
-    """The world's first n clips, three of ten as images, as in training."""
-    i = np.arange(n)
-    image, make = i % 10 < IMAGES, world.clips if pixels else world.told
-    return make(i[image], True) + make(i[~image])
-
-
-def size_of(clip: data.Clip) -> tuple[int, int, int]:
-    return tuple(clip.facts[side] for side in ("frames", "height", "width"))
-
-
 @torch.no_grad()
 def measure_captioner(
-    vae: VAE, language: Language, world: data.Digits, clips: int, told: bool = False
-) -> dict:
+    vae: VAE, language: Language, clips: list[data.Clip], told: bool = False
+) -> dict[str, dict[str, float]]:
     """The share of right facts in captions, by the number of digits; told: where the captioner also
     reads what somebody wrote of each clip."""
-    some = mixed(world, clips, True)
-    latents = [vae.encode(to_float(clip.pixels[None]).to(vae.mean.device))[0] for clip in some]
-    heard = [asked(clip.brief, size_of(clip)) for clip in some] if told else None
-    scores = {}
-    for said, clip in zip(language.caption(latents, heard), some, strict=True):
+    latents, scores, pixels = [None] * len(clips), {}, [clip.pixels for clip in clips]
+    for some in prompts.batches(pixels):
+        video = to_float([pixels[k] for k in some]).to(vae.mean.device)  # [B, C, T, H, W]
+        for k, latent in zip(some, vae.encode(video), strict=True):
+            latents[k] = latent
+    heard = [asked(clip.brief, clip.pixels.shape[1:]) for clip in clips] if told else None
+    for said, clip in zip(language.caption(latents, heard), clips, strict=True):
         want = read_caption(data.descriptive_caption(clip.facts))
         kind = f"{('one', 'two')[len(want['digits']) - 1]} in "
         kind += "a clip" if want["frames"] > 1 else "an image"
@@ -156,21 +143,19 @@ def measure_captioner(
     return {k: {n: float(np.mean(v)) for n, v in row.items()} for k, row in rows}
 
 
-def measure_expander(language: Language, world: data.Digits, prompts: int) -> dict:
+def measure_expander(language: Language, clips: list[data.Clip], config: data.WorldConfig) -> dict:
     """Of short and noisy prompts: how many expansions are descriptive captions, say what the prompt
     said, and are possible."""
-    some, figures = mixed(world, prompts, False), {}
-    kinds = {"short": [data.short_caption(clip.facts) for clip in some]}
-    kinds["noisy"] = [clip.brief for clip in some]
-    for kind, said in kinds.items():
+    kinds, figures = {"short": [data.short_caption(clip.facts) for clip in clips]}, {}
+    for kind, said in (kinds | {"noisy": [clip.brief for clip in clips]}).items():
         rows = []
-        for size in dict.fromkeys(map(size_of, some)):
-            group = [k for k, clip in enumerate(some) if size_of(clip) == size]
-            written = language.expand([said[k] for k in group], size, group)
-            for k, caption in zip(group, map(read_caption, written), strict=True):
+        for some in prompts.batches([clip.pixels for clip in clips]):
+            size = clips[some[0]].pixels.shape[1:]
+            written = language.expand([said[k] for k in some], size, some)
+            for k, caption in zip(some, map(read_caption, written), strict=True):
                 there = caption is not None
                 kept = there and is_kept(read_prompt(said[k]), caption)
-                rows.append((there, kept, there and is_possible(caption, size, world.config)))
+                rows.append((there, kept, there and is_possible(caption, size, config)))
         shares = np.mean(rows, 0).tolist()
         figures[kind] = dict(zip(("descriptive", "kept", "possible"), shares, strict=True))
     return figures
@@ -178,32 +163,29 @@ def measure_expander(language: Language, world: data.Digits, prompts: int) -> di
 
 def compare(recaptioned: Path, written: Path, ones: int, twos: int, seed: int) -> dict:
     """The report's claim: how well clips follow the same short prompts, after equal trainings."""
-    runs = [prompting.load_run(folder) for folder in (written, recaptioned)]
-    if [run.config["captions"] for run in runs] != ["written", "recaptioned"]:
+    one, other = (prompting.load_run(folder) for folder in (written, recaptioned))
+    if (one.config["captions"], other.config["captions"]) != ("written", "recaptioned"):
         raise ValueError("--run needs --captions recaptioned, and --against --captions written")
-    one, other = (run.config for run in runs)
-    differ = [name for name in one if one[name] != other.get(name)
+    differ = [name for name, value in one.config.items() if value != other.config.get(name)
               and name not in ("out", "captions", "stage") and name[:5] != "text_"]  # fmt: skip
     if differ:
         raise ValueError(f"the two runs also differ in {', '.join(differ)}")
-    kinds = {"written": (runs[0], False), "re-captioned": (runs[1], False)}
-    kinds |= {"and prompts expanded": (runs[1], True)}
-    figures = {}
-    for name, (run, expanded) in kinds.items():
-        made = prompts.measure(run, ones, twos, seed, {}, expanded)[0]["generated"]
-        figures[name] = {score: made[score] for score in prompts.SCORES}
-    return figures
+    kinds = {"written": (one, False), "re-captioned": (other, False), "expanded": (other, True)}
+    made = {name: prompts.measure(run, ones, twos, seed, {}, expanded)[0]["generated"]
+            for name, (run, expanded) in kinds.items()}  # fmt: skip
+    return {name: {score: row[score] for score in prompts.SCORES} for name, row in made.items()}
 
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, None]:
     folder = Path(args.run or prompting.newest_run(name="text"))
     vae, writer = (load(folder, "cpu") for load in (prompting.load_vae, prompting.load_language))
-    world, figures = prompts.held_out(writer.world, seed=args.seed), {}
+    world, i, figures = prompts.held_out(writer.world, seed=args.seed), np.arange(args.clips), {}
+    clips = world.clips(i[i % 10 < 3], image=True) + world.clips(i[i % 10 >= 3])  # as in training
     if args.against:
         compared = compare(folder, Path(args.against), args.ones, args.twos, args.seed)
         figures["clips of prompts"] = compared
     for name, told in (("captioner", False), ("captioner, told", True)):
-        figures[name] = measure_captioner(vae, writer, world, args.clips, told)
-    figures["expander"] = measure_expander(writer, world, args.clips)
+        figures[name] = measure_captioner(vae, writer, clips, told)
+    figures["expander"] = measure_expander(writer, clips, world.config)
     print("\n".join(prompts.as_table(title, rows) for title, rows in figures.items()))
     return folder, figures, None

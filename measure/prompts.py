@@ -10,7 +10,6 @@ longest duration, and at the first shape in the shorter ones, too.
 """
 
 import argparse
-import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -108,8 +107,8 @@ def batches(clips: list[np.ndarray]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], dict[str, float]]:
-    """Clips after the VAE; its PSNR (peak-to-peak 2) and compression (pixels per latent number)."""
+def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
+    """Clips after the VAE, and how good they are."""
     made, squares, pixels, numbers = [None] * len(clips), 0.0, 0, 0
     for some in batches(clips):
         video = to_float([clips[k] for k in some]).to(vae.mean.device)  # [B, C, T, H, W]
@@ -119,8 +118,8 @@ def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], di
         pixels, numbers = pixels + video.numel(), numbers + latent.numel()
         for k, clip in zip(some, to_uint8(again), strict=True):
             made[k] = clip
-    psnr = 10 * float(np.log10(4 * pixels / max(squares, 1e-9)))
-    return made, {"psnr": psnr, "compression": pixels / numbers}
+    psnr = 10 * np.log10(4 * pixels / max(squares, 1e-9))
+    return made, f"{pixels / numbers:.1f}x compression, {psnr:.1f} dB (peak-to-peak 2)"
 
 
 def make(run: prompting.Run, tasks: list[prompting.Task], seed: int, how: dict,
@@ -161,73 +160,47 @@ def average(scores: list[dict]) -> dict[str, float | None]:
 def measure(
     run: prompting.Run, ones: int, twos: int, seed: int, how: dict, expanded: bool = True
 ) -> tuple[dict, Image.Image]:
-    """All figures of a run; and a picture of some clips: asked for, read, a bar where wrong."""
+    """The share of right digits and directions, and sharpness compared with real clips, of each set
+    of clips; and a picture of some: asked for, read, a bar where that is wrong."""
     chosen = real_clips(run.world, ones, twos, seed)
-    config, asked = data.WorldConfig(**run.world["config"]), sum((x.facts for x in chosen), [])
-    pairs, network = sum((x.pairs for x in chosen), []), reader.load_classifier(config.digit)
-    figures = {"ones": ones, "twos": twos, "seed": seed, "expanded": expanded} | how
-    images, labels = data.load_digits(held_out=True)
-    sprites = data.make_sprites(images, config.digit)[None]  # [1, T, H, W], as if a clip
-    named = reader.name_one(sprites, range(len(labels)), network, config.digit)
-    figures["classifier"] = float(np.mean(named == labels))
+    facts, pairs = (sum((getattr(x, name) for x in chosen), []) for name in ("facts", "pairs"))
+    config, figures = data.WorldConfig(**run.world["config"]), {}
+    network, asked = reader.load_classifier(config.digit), [fact["digits"] for fact in facts]
     sets = {"real": [clip for clip, _ in pairs]}
-    sets["VAE"], compression = reconstruct(run.vae, sets["real"])
-    start = time.perf_counter()
+    sets["VAE"], quality = reconstruct(run.vae, sets["real"])
     tasks = [prompting.new(run, clip.shape[1:], prompt) for clip, prompt in pairs]
     sets["generated"] = make(run, tasks, seed, how, expanded)
-    figures["seconds_a_clip"] = (time.perf_counter() - start) / len(tasks)
+    real = reader.sharpness(sets["real"])
     for name, clips in sets.items():
-        seen = [reader.read(clip, len(fact["digits"]), network, config.digit, max(config.speeds))
-                for clip, fact in zip(clips, asked, strict=True)]  # fmt: skip
-        scores = [score(x, fact["digits"]) for x, fact in zip(seen, asked, strict=True)]
-        figures[name] = average(scores) | {"sharpness": reader.sharpness(clips)}
-    figures["VAE"] |= compression
-    figures["sizes"] = {size: average([x for x, clip in zip(scores, clips, strict=True)
-                                       if size_of(clip) == size])
-                        for size in dict.fromkeys(map(size_of, clips))}  # fmt: skip
+        seen = [reader.read(clip, len(digits), network, config.digit, max(config.speeds))
+                for clip, digits in zip(clips, asked, strict=True)]  # fmt: skip
+        scores = list(map(score, seen, asked))
+        figures[name] = average(scores) | {"sharpness": reader.sharpness(clips) / real}
+    for size in dict.fromkeys(clip.shape for clip in clips):
+        some = [x for x, clip in zip(scores, clips, strict=True) if clip.shape == size]
+        figures[" x ".join(map(str, size[1:]))] = average(some)
+    print(as_table(f"{ones} of one digit, {twos} of two", figures), f"VAE: {quality}", sep="\n")
     some = np.unique(np.linspace(0, len(clips) - 1, 60).astype(int))
     titles = [f"{pairs[k][1]}: {seen[k]['digits']} {' '.join(seen[k]['directions'])}" for k in some]
     wrong = [np.full(clips[k].shape[1], min(scores[k].values()) < 1) for k in some]
-    some = [clips[k] for k in some]
-    return figures, data.sheet(some, titles, columns=4, scale=2, most=3, marks=wrong)
-
-
-def size_of(clip: np.ndarray) -> str:
-    return " x ".join(map(str, clip.shape[1:]))
+    page = data.sheet([clips[k] for k in some], titles, columns=4, scale=2, most=3, marks=wrong)
+    return figures | {"quality": quality}, page
 
 
 def as_table(title: str, rows: dict[str, dict]) -> str:
-    """Rows of figures by column: shares as percent, None as nothing, text as it is."""
+    """Rows of figures by column: shares as percent, text as it is."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     wide = 2 + max(map(len, [title, *rows]))
     lines = [f"{title:{wide}}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in rows.items():
-        cells = ("-" if row.get(x) is None else row[x] for x in columns)
+        cells = ("-" if (x := row.get(column)) is None else x for column in columns)
         cells = (x if isinstance(x, str) else f"{x:.1%}" for x in cells)
         lines.append(f"{name:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 
 
-def table(figures: dict) -> str:
-    """The three sets of clips, one a line; then the generated ones of each size."""
-    rows, vae = {name: figures[name] for name in ("real", "VAE", "generated")}, figures["VAE"]
-    real = figures["real"]["sharpness"]
-    for name, row in (rows | figures["sizes"]).items():
-        rows[name] = {x: row[x] for x in SCORES}
-        if "sharpness" in row:
-            rows[name]["sharpness"] = f"{row['sharpness'] / real:.2f}"
-    return (
-        as_table(f"{figures['ones']} clips of one digit, {figures['twos']} of two", rows) + "\n"
-        f"digit classifier: {figures['classifier']:.1%} of the held-out digits\n"
-        f"VAE: {vae['compression']:.1f}x compression, {vae['psnr']:.1f} dB (peak-to-peak 2)"
-    )
-
-
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
     folder = Path(args.run or prompting.newest_run())
     how = {"steps": args.steps, "guidance": args.guidance}
-    how = {name: value for name, value in how.items() if value is not None}
-    run = prompting.load_run(folder)
-    figures, page = measure(run, args.ones, args.twos, args.seed, how, not args.no_expand)
-    print(table(figures))
-    return folder, figures, page
+    how, run = {k: x for k, x in how.items() if x is not None}, prompting.load_run(folder)
+    return folder, *measure(run, args.ones, args.twos, args.seed, how, not args.no_expand)

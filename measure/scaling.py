@@ -1,15 +1,10 @@
 """Scaling: the same prompts, as the training compute grows (the report's base, 4x and more).
 
-The problem. "It gets better with more compute" is easily said. How much better, and at what?
-
 The idea. Train one network three times, for 1, 4 and 16 times as many steps, each with its own
 learning rate schedule down to zero (a run that was stopped early would be worse than one that was
-planned to be short: Hoffmann et al. 2022). All learn from the same items. Then
-
-    compute      FLOPs of a step (training/cost.py) x steps
-    loss         of held-back batches with fixed noise, the same for all three
-    fidelity     whether clips show the digit and the direction of their prompts (reader.py)
-    a picture    the same prompts from the same noise, for each compute
+planned to be short: Hoffmann et al. 2022). All learn from the same items. Then compare, by FLOPs of
+the training, the loss on held-back batches, with the same noise; whether clips show the digit and
+the direction of their prompts (prompts.py); and a picture of the same prompts and noise.
 
     python evaluate.py scaling                   # flags of train.py go behind `--`
     python evaluate.py scaling --run out/tiny    # a finished run is the longest of the three

@@ -8,23 +8,22 @@ all that follows and all that came before. Parts of clips of held-out digits are
 model makes of the rest is read from its pixels (reader.py), beside real clips (the reader's own
 mistakes) and a baseline: the nearest known frame, frozen, or one end blended into the other.
 
-    image to video    The first frame is known. It shows no motion: the prompt says the direction.
-    extend            9 frames are known, and 16 are to come, or came before. The prompt says how
-                      the whole clip of 25 starts.
-    loop              Asked for where the world has one: a fast digit is back where it was after
-                      twice its way from wall to wall.
-    connect           From one digit to another, which goes on where the first would be by then.
-                      Real: the one is replaced by the other half way.
-    edit              Another digit is asked for, in the same direction. Real: that digit on the
-                      path of the input. Baseline: the input, unchanged.
-    a minute          600 frames from a prompt, read in tenths. Baseline: the first window, frozen.
+    image to video  The first frame is known. It shows no motion: the prompt says the direction.
+    extend          9 frames are known, 16 come next, or came before. The prompt says how the whole
+                    clip of 25 starts.
+    loop            Asked for where the world has one: a fast digit is back after twice its way.
+    connect         From one digit to another, which goes on where the first would be by then. Real:
+                    the one is replaced by the other half way.
+    edit            Another digit is asked for, in the same direction. Real: that digit on the path
+                    of the input. Baseline: the input, unchanged.
+    a minute        600 frames from a prompt, read in tenths. Baseline: the first window, frozen.
 
-    digit             named in the first, middle and last new frame; in a minute, in every tenth
-    pixels off        from the digit's centre of mass to the true one, the median over clips
-    seam              smooth where the step of the centre across it differs by at most 1 pixel from
-                      the steps before and after. No wall is near any seam of the chosen clips.
-    path kept         the share of the frames in which the digit is within 2 pixels of the input's,
-                      but for a distance that stays: a 7 is heavier at the top than a 6 (at most 5)
+    digit           named in the first, middle and last new frame; in a minute, in every tenth
+    pixels off      from the digit's centre of mass to the true one, the median over clips
+    seam            smooth where the step of the centre across it differs by at most 1 pixel from
+                    the steps before and after. No wall is near any seam of the chosen clips.
+    path kept       the share of the frames in which the digit is within 2 pixels of the input's,
+                    but for a distance that stays: a 7 is heavier at the top than a 6 (at most 5)
 
 Alphabet: clips uint8 [C, T, H, W]; n clips of one task; track [n, T, 2] is (row, column) in pixels.
 """
@@ -35,8 +34,9 @@ import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,11 +97,14 @@ class Seen:
         again = [np.concatenate([clip, clip[:, :2]], axis=1) for clip in clips]  # for loops
         self.tracks = reader.tracks_of(again)  # [n, T + 2, 2]
 
-    def right(self, digits: np.ndarray, looks: list[int]) -> np.ndarray:
-        """Whether the digit is the right one, [n] or [n, looks], in the frames looks: [n, looks]"""
+    def named(self, looks: list[int]) -> np.ndarray:
+        """Which digit is seen in each of the frames: [n, looks]."""
         network = reader.load_classifier(self.box)
-        named = [reader.name_one(clip, looks, network, self.box) for clip in self.clips]
-        return np.array(named) == digits.reshape(len(named), -1)
+        return np.array([reader.name_one(clip, looks, network, self.box) for clip in self.clips])
+
+    def digit(self, right: np.ndarray, looks: list[int]) -> float:
+        """How often it is the right one [n]."""
+        return float((self.named(looks) == right[:, None]).mean())
 
     def smooth(self, seam: int) -> float:
         """The share of the clips without a jump between frames seam - 1 and seam."""
@@ -125,42 +128,41 @@ def true_track(real: Chosen, known: slice) -> np.ndarray:
 
 
 class Row(NamedTuple):
-    """A task, n times, and what is right."""
+    """A task, n times, and what is right: figures, from what is seen."""
 
     name: str
     tasks: list[prompting.Task]
     real: list[np.ndarray]
-    measures: dict[str, Callable[[Seen], float | list]]
+    measures: dict[str, Callable[[Seen], float | np.ndarray]]
 
 
 def image_to_video(run: prompting.Run, world: data.Digits, n: int) -> Row:
     T = max(world.durations)
     real = choose(world, (T, *world.shapes[0]), range(n))
-    ways = [prompt.split()[-1] for prompt in real.prompts]
-    return Row(
-        "image to video",
-        [prompting.animate(clip[:, :1], T, prompt) for clip, prompt in real.pairs],
-        real.clips,
-        {"digit": lambda seen: seen.right(real.digits, [1, T // 2, T - 1]).mean(),
-         "direction": lambda seen: np.mean(
-             [reader.heading(x) == way for x, way in zip(seen.tracks, ways, strict=True)])},
-    )  # fmt: skip
+
+    def direction(seen):
+        ways = [prompt.split()[-1] for prompt in real.prompts]
+        return np.mean([reader.heading(x) == way for x, way in zip(seen.tracks, ways, strict=True)])
+
+    tasks = [prompting.animate(clip[:, :1], T, prompt) for clip, prompt in real.pairs]
+    digit = partial(Seen.digit, right=real.digits, looks=[1, T // 2, T - 1])
+    return Row("image to video", tasks, real.clips, {"digit": digit, "direction": direction})
 
 
 def extend(run: prompting.Run, world: data.Digits, n: int, backward: bool = False) -> Row:
-    T, seam = KNOWN + NEW, NEW if backward else KNOWN
+    T, seam, known = KNOWN + NEW, KNOWN, slice(KNOWN)
+    new = list(range(KNOWN, T))  # the nearest first
+    if backward:
+        seam, known, new = NEW, slice(NEW, T), list(range(NEW))[::-1]
     real = choose(world, (T, *world.shapes[0]), range(n), lambda path: steady(path, seam))
-    known = slice(NEW, None) if backward else slice(KNOWN)
-    new = list(range(T))[:NEW][::-1] if backward else list(range(T))[KNOWN:]  # the nearest first
-    truth = true_track(real, known)
-    return Row(
-        f"extend {'backward' if backward else 'forward'}",
-        [prompting.extend(clip[:, known], NEW, prompt, backward) for clip, prompt in real.pairs],
-        real.clips,
-        {f"pixels off after {k} frames": lambda seen, k=k: seen.off(truth, new[k - 1]) for k in OFF}
-        | {"digit": lambda seen: seen.right(real.digits, [new[0], new[NEW // 2], new[-1]]).mean(),
-           "seam": lambda seen: seen.smooth(seam)},
-    )  # fmt: skip
+    tasks = [prompting.extend(clip[:, known], NEW, prompt, backward) for clip, prompt in real.pairs]
+    truth, looks = true_track(real, known), [new[0], new[NEW // 2], new[-1]]
+    measures = {"digit": partial(Seen.digit, right=real.digits, looks=looks)}
+    measures["seam"] = partial(Seen.smooth, seam=seam)
+    for k in OFF:
+        off = partial(Seen.off, truth=truth, frame=new[k - 1])
+        measures[f"pixels off after {k} frames"] = off
+    return Row(f"extend {'backward' if backward else 'forward'}", tasks, real.clips, measures)
 
 
 def loop(run: prompting.Run, world: data.Digits, n: int) -> Row:
@@ -174,40 +176,39 @@ def loop(run: prompting.Run, world: data.Digits, n: int) -> Row:
         return steady(path, L, period) & again
 
     real = choose(world, (period + 2 + FAR, *world.shapes[0]), range(n), fits)
-    truth = true_track(real, slice(L))
-    return Row(
-        "loop",
-        [prompting.loop(clip[:, :L], new, prompt) for clip, prompt in real.pairs],
-        [clip[:, :period] for clip in real.clips],
-        {"seam to the new": lambda seen: seen.smooth(L),
-         "seam to the start": lambda seen: seen.smooth(period),
-         "digit": lambda seen: seen.right(
-             real.digits, [L, (L + period) // 2, period - 1]).mean(),
-         "pixels off half way": lambda seen: seen.off(truth, L + new // 2)},
-    )  # fmt: skip
+    tasks = [prompting.loop(clip[:, :L], new, prompt) for clip, prompt in real.pairs]
+    truth, looks = true_track(real, slice(L)), [L, (L + period) // 2, period - 1]
+    return Row("loop", tasks, [clip[:, :period] for clip in real.clips], {
+        "seam to the new": partial(Seen.smooth, seam=L),
+        "seam to the start": partial(Seen.smooth, seam=period),
+        "digit": partial(Seen.digit, right=real.digits, looks=looks),
+        "pixels off half way": partial(Seen.off, truth=truth, frame=L + new // 2),
+    })  # fmt: skip
 
 
 def connect(run: prompting.Run, world: data.Digits, n: int) -> Row:
     new = prompting.room(run, KNOWN, "connect")
     T, end, half = 2 * KNOWN + new, KNOWN + new, KNOWN + new // 2
     one = choose(world, (T, *world.shapes[0]), range(n), lambda path: steady(path, KNOWN, end))
-    two = other_digits(world, one)
-    digits, names, tasks = np.stack([one.digits, two.digits], axis=1), {}, []
-    names = {step: way for way, step in data.DIRECTIONS.items()}
+    two, names = other_digits(world, one), {x: way for way, x in data.DIRECTIONS.items()}
     steps = np.sign(one.path[:, end + 1] - one.path[:, end]).tolist()  # how the second clip starts
+    tasks, real = [], []
     for (a, prompt), b, digit, step in zip(one.pairs, two.clips, two.digits, steps, strict=True):
         then = f"{data.article(digit)} {digit} moving {names[tuple(step)]}"
         tasks.append(prompting.connect(a[:, :KNOWN], b[:, end:], new, prompt, then))
-    pairs = zip(one.clips, two.clips, strict=True)
-    real = [np.concatenate([a[:, :half], b[:, half:]], axis=1) for a, b in pairs]
-    truth = reader.tracks_of(real)
+        real.append(np.concatenate([a[:, :half], b[:, half:]], axis=1))
+
+    def changes(seen):
+        before, after = seen.named([KNOWN, end - 1]).T  # [n] each
+        return ((before == one.digits) & (after == two.digits)).mean()
+
     return Row("connect", tasks, real, {
-        "seam to the new": lambda seen: seen.smooth(KNOWN),
-        "seam from the new": lambda seen: seen.smooth(end),
-        "digit before": lambda seen: seen.right(one.digits, [KNOWN]).mean(),
-        "digit after": lambda seen: seen.right(two.digits, [end - 1]).mean(),
-        "changes": lambda seen: seen.right(digits, [KNOWN, end - 1]).all(1).mean(),
-        "pixels off half way": lambda seen: seen.off(truth, half),
+        "seam to the new": partial(Seen.smooth, seam=KNOWN),
+        "seam from the new": partial(Seen.smooth, seam=end),
+        "digit before": partial(Seen.digit, right=one.digits, looks=[KNOWN]),
+        "digit after": partial(Seen.digit, right=two.digits, looks=[end - 1]),
+        "changes": changes,
+        "pixels off half way": partial(Seen.off, truth=reader.tracks_of(real), frame=half),
     })  # fmt: skip
 
 
@@ -223,42 +224,32 @@ def edit(run: prompting.Run, world: data.Digits, n: int, strength: float) -> Row
 
     pairs = zip(old.clips, real.prompts, strict=True)
     tasks = [prompting.edit(clip, strength, prompt) for clip, prompt in pairs]
-    digit = {"digit": lambda seen: seen.right(real.digits, [0, T // 2, T - 1]).mean()}
-    return Row(f"edit at {strength}", tasks, real.clips, digit | {"path kept": path_kept})
+    digit = partial(Seen.digit, right=real.digits, looks=[0, T // 2, T - 1])
+    return Row(f"edit at {strength}", tasks, real.clips, {"digit": digit, "path kept": path_kept})
 
 
 def minute(run: prompting.Run, world: data.Digits, n: int) -> Row:
     size, tenth = (MINUTE, *world.shapes[0]), MINUTE // 10
-    real = choose(world, size, range(n))
+    real, starts = choose(world, size, range(n)), range(0, MINUTE, tenth)
 
     def digit(seen):
-        right = seen.right(real.digits, list(range(5, MINUTE, 10)))  # [n, MINUTE / 10]
+        right = seen.named(list(range(5, MINUTE, 10))) == real.digits[:, None]  # [n, MINUTE / 10]
         return right.mean(0).reshape(10, -1).mean(1)
 
     def sharpness(seen):
-        tenths = [[clip[:, k : k + tenth] for clip in seen.clips] for k in range(0, MINUTE, tenth)]
+        tenths = [[clip[:, k : k + tenth] for clip in seen.clips] for k in starts]
         return np.array(list(map(reader.sharpness, tenths)))
 
     def speed(seen):
         steps = np.linalg.norm(np.diff(seen.tracks[:, :MINUTE], axis=1), axis=2)  # [n, T - 1]
-        return np.array([steps[:, k : k + tenth - 1].mean() for k in range(0, MINUTE, tenth)])
+        return np.array([steps[:, k : k + tenth - 1].mean() for k in starts])
 
-    measures = {f"{f.__name__} in tenths": f for f in (digit, sharpness, speed)}
     tasks = [prompting.new(run, size, prompt) for prompt in real.prompts]
+    measures = {f"{f.__name__} in tenths": f for f in (digit, sharpness, speed)}
     return Row("a minute", tasks, real.clips, measures)
 
 
-def rows(run: prompting.Run, world: data.Digits, n: int, minutes: int) -> Iterator[Row]:
-    yield image_to_video(run, world, n)
-    yield extend(run, world, n)
-    yield extend(run, world, n, backward=True)
-    yield loop(run, world, n)
-    yield connect(run, world, n)
-    yield from (edit(run, world, n, strength) for strength in STRENGTHS)
-    yield minute(run, world, minutes)
-
-
-# -------------------------------------------------------------------------------- measuring them
+# ---------------------------------------------------------------------------------- measuring them
 
 
 def still(task: prompting.Task, made: np.ndarray, window: int) -> np.ndarray:
@@ -279,40 +270,40 @@ def measure(
 ) -> tuple[dict, Image.Image]:
     """All figures, by task, kind of clip and measure; and a picture of two clips of each task."""
     world, figures, shown = held_out(run.world, seed=seed, two_digits=0.0), {}, []
-    for row in rows(run, world, n, minutes):
+    rows = [image_to_video(run, world, n), extend(run, world, n), extend(run, world, n, True),
+            loop(run, world, n), connect(run, world, n)]  # fmt: skip
+    rows += [edit(run, world, n, strength) for strength in STRENGTHS]
+    for row in [*rows, minute(run, world, minutes)]:
         made, window = make(run, row.tasks, seed, how), max(world.durations)
         base = [still(task, clip, window) for task, clip in zip(row.tasks, made, strict=True)]
-        figures[row.name] = {}
+        figures[row.name] = kinds = {}
         for kind, clips in (("real", row.real), ("baseline", base), ("made", made)):
-            seen = Seen(clips, world.config.digit)
-            found = {name: np.asarray(f(seen)) for name, f in row.measures.items()}
-            ends = {name.replace(" in tenths", ", last tenth / first"): x[-1] / max(x[0], 1e-6)
-                    for name, x in found.items() if x.ndim}  # fmt: skip
-            figures[row.name][kind] = {name: x.tolist() for name, x in found.items()} | ends
+            seen, kinds[kind] = Seen(clips, world.config.digit), {}
+            for name, f in row.measures.items():
+                x = np.asarray(f(seen))
+                kinds[kind][name] = x.tolist()
+                if x.ndim:
+                    end = name.replace(" in tenths", ", last tenth / first")
+                    kinds[kind][end] = x[-1] / max(x[0], 1e-6)
             known = row.tasks[0].known[: clips[0].shape[1]]
             shown += [(clip, f"{row.name}: {kind}", known) for clip in clips[:2]]
     clips, titles, marks = zip(*shown, strict=True)
     return figures, data.sheet(clips, titles, scale=2, most=26, marks=marks)
 
 
-def cost_of(folder: Path, frames: int, steps: int) -> dict[str, float]:
-    """Make one clip as a user would: the most memory that the process took, and seconds."""
+def cost_of(folder: Path, steps: int) -> dict[str, float]:
+    """Memory and time of a minute, made as a user would, and compared with those of a tenth of it.
+    In a process of its own, since what it ever took is what it took for this."""
+    spent = []
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
-        words = f"--frames {frames} --steps {steps} --out {scratch}/clip.mp4 --prompt".split()
-        start = time.perf_counter()
-        failed = sample.command(["--run", str(folder), *words, "a 7 moving left"])
-        seconds = time.perf_counter() - start
-    if failed:
-        raise ValueError(f"a clip of {frames} frames could not be made")
-    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return {"megabytes": int(peak[1]) / 1024, "seconds": seconds}
-
-
-def minute_cost(folder: Path, steps: int) -> dict[str, float]:
-    """Memory and time of a minute, and against those of a tenth of it, each in a new process."""
-    new = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-    with new as pool:
-        short, long = (pool.apply(cost_of, (folder, k, steps)) for k in (SHORT, MINUTE))
+        for frames in (SHORT, MINUTE):
+            start = time.perf_counter()
+            words = f"--out {scratch}/clip.mp4 --frames {frames} --steps {steps} --prompt".split()
+            if sample.command([*words, "a 7 moving left", "--run", str(folder)]):
+                raise ValueError(f"a clip of {frames} frames could not be made")
+            peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+            spent.append({"MB": int(peak) / 1024, "s": time.perf_counter() - start})
+    short, long = spent
     return long | {f"{name}, of a tenth": long[name] / short[name] for name in long}
 
 
@@ -321,24 +312,28 @@ def table(figures: dict) -> str:
     lines = {}
     for task, bars in BARS.items():
         for name, bar in bars.items():
-            values = [figures[task][kind][name] for kind in ("real", "baseline", "made")] + [bar]
-            most = name.startswith("pixels")
-            cells = [f"{x:.1f}" if most else f"{x:.0%}" for x in values]
-            cells[-1] += "" if (values[2] <= bar if most else values[2] >= bar) else ", not yet"
-            columns = ("real", "baseline", "model", "to reach")
-            lines[f"{task}: {name}"] = dict(zip(columns, cells, strict=True))
-    made = figures["a minute"]["made"].items()
-    tenths = [f"{k}: {np.round(x, 2).tolist()}" for k, x in made if k.endswith("in tenths")]
-    spent = [f"{k}: {x:.2f}" for k, x in figures["a minute"].get("cost", {}).items()]
-    return "\n".join([as_table("", lines), *tenths, "a minute takes " + ", ".join(spent)])
+            real, base, made = (figures[task][kind][name] for kind in ("real", "baseline", "made"))
+            pixels = name.startswith("pixels")
+            good = made <= bar if pixels else made >= bar
+            cells = [f"{x:.1f}" if pixels else f"{x:.0%}" for x in (real, base, made, bar)]
+            columns = ("real", "baseline", "model", "to reach", "")
+            cells = dict(zip(columns, [*cells, "" if good else "not yet"], strict=True))
+            lines[f"{task}: {name}"] = cells
+    minute, said = figures["a minute"], [as_table("", lines)]
+    tenths = {k: x for k, x in minute["made"].items() if k.endswith("in tenths")}
+    said += [f"a minute, {k}: " + " ".join(f"{y:.2f}" for y in x) for k, x in tenths.items()]
+    said += [f"a minute, {k}: {x:.2f}" for k, x in minute.get("cost", {}).items()]
+    return "\n".join(said)
 
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
-    folder = Path(args.run or prompting.newest_run())
-    run, how = prompting.load_run(folder), {"steps": args.steps} if args.steps else {}
-    figures, page = measure(run, args.clips, args.minutes, args.seed, how)
+    folder, how = Path(args.run or prompting.newest_run()), {}
+    if args.steps:
+        how["steps"] = args.steps
+    figures, page = measure(prompting.load_run(folder), args.clips, args.minutes, args.seed, how)
     if Path("/proc/self/status").exists():  # Linux
-        steps = args.steps or prompting.Settings().steps
-        figures["a minute"]["cost"] = minute_cost(folder, steps)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            steps = args.steps or prompting.Settings().steps
+            figures["a minute"]["cost"] = pool.apply(cost_of, (folder, steps))
     print(table(figures))
     return folder, figures, page

@@ -15,7 +15,6 @@ Alphabet: latents [Z, t, h, w]; ft frames to a latent; B rows of L tokens; F lat
 clips of a part.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +25,7 @@ import diffusion
 import patches
 from language import NOTHING
 from prompting import noisy_past
-from training.items import Items, made_ahead
+from training.items import Items
 from training.processes import deal, rank, ranks, seeded
 
 MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.CONTEXT`
@@ -35,21 +34,6 @@ HELD_BACK = 10**6  # a step whose clips are only measured on
 
 
 # --------------------------------------------------------------------------------- for any network
-
-
-class Steps(torch.utils.data.Dataset):
-    """Step -> what it learns from, for torch's DataLoader."""
-
-    def __init__(self, make: Callable[[int], list]):
-        self.make = make
-
-    def __getitem__(self, step: int) -> list:
-        return self.make(step)
-
-
-def in_order(make: Callable[[int], list], first: int, steps: int, workers: int) -> Iterator[list]:
-    """make(step) of each step from `first` on."""
-    yield from made_ahead(Steps(make), range(first, steps), workers)
 
 
 def same_size(sizes: np.ndarray, step: int, seed: int, count: int, largest: int = 0) -> np.ndarray:

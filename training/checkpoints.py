@@ -6,13 +6,11 @@
     dit.best-<step>.pt  the EMA weights that did best on clips held back
     dit.safetensors     the EMA weights alone, for other programs (`train.py --stage export`)
 
-A file is written under another name, then renamed: whenever training is killed, it is whole. It is
-read with `weights_only`: nothing is unpickled but tensors and plain values. Training waits while a
-checkpoint is written: 0.04 s for `tiny`, 4.5 s for 100 M parameters.
+A file is written under another name, then renamed: whenever training is killed, it is whole.
+Training waits while it is written: 0.04 s for `tiny`, 4.5 s for 100 M parameters.
 """
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -39,20 +37,20 @@ class State:
     best: list[tuple[float, int]] = field(default_factory=list)  # (loss, step), the best first
 
 
-def write(path: Path, saved: dict, before: Path | None = None) -> None:
+def write(path: Path, saved: dict | bytes, before: Path | None = None) -> None:
     """The file is whole, or stays what it was. The old one is kept as `before`."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save(saved, file)
+            file.write(saved) if isinstance(saved, bytes) else torch.save(saved, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e9
+        at = f" at step {saved['step']}" if isinstance(saved, dict) else ""
         raise OSError(
-            f"{path} could not be written at step {saved['step']}, with {free:.1f} GB free on its "
-            "disk: make room, and the same command continues from what was saved before"
+            f"{path} could not be written{at}, with {shutil.disk_usage(path.parent).free / 1e9:.1f}"
+            " GB free: make room, and the same command continues from what was saved before"
         ) from error
     if before and path.exists():
         os.replace(path, before)
@@ -60,33 +58,31 @@ def write(path: Path, saved: dict, before: Path | None = None) -> None:
 
 
 def save(state: State, path: Path, facts: dict) -> None:
-    """A checkpoint; the one before stays beside it. Returns on all processes when it is written."""
+    """A checkpoint; the one before stays beside it. Processes go on when it is written."""
     saved = {"step": state.step, "skipped": state.skipped, "best": state.best} | facts
     saved |= {"weights": state.model.state_dict(), "ema": state.averaged.state_dict()}
     saved = whole(saved | {"optimizers": [x.state_dict() for x in state.optimizers]})
     if rank() == 0:
         write(path, saved, path.with_suffix(".before.pt"))
-        for old in path.parent.glob(f"{path.stem}.best-*.pt"):
+        for old in path.parent.glob(f"{path.stem}.best-*.pt"):  # now that their successors are safe
             if int(old.stem.split("-")[-1]) not in [step for _, step in state.best]:
                 old.unlink()
     barrier()
 
 
 def keep_best(state: State, path: Path, facts: dict, loss: float, count: int) -> None:
-    """Write the EMA weights if their loss on clips held back is among the `count` best. `save`
-    deletes those that are no longer, once it has saved that."""
-    if math.isfinite(loss):
+    """Write the EMA weights if their loss on clips held back is among the `count` best."""
+    if loss < float("inf"):  # and a number
         state.best = sorted([*state.best, (loss, state.step)])[:count]
     if (loss, state.step) in state.best:
-        saved = whole({"ema": state.averaged.state_dict()}) | facts
+        ema = whole(state.averaged.state_dict())
         if rank() == 0:
-            saved |= {"step": state.step, "held_back": loss}
+            saved = {"ema": ema, "step": state.step, "held_back": loss} | facts
             write(path.with_suffix(f".best-{state.step}.pt"), saved)
 
 
 def resume(state: State, path: Path, facts: dict) -> None:
-    """Load the checkpoint into `state`, if there is one, and forget what was logged after it: those
-    steps will be taken again."""
+    """Load the checkpoint into `state`, if there is one, and forget what was logged after it."""
     out, name, before = path.parent, path.stem, path.with_suffix(".before.pt")
     path = before if before.exists() and not path.exists() else path  # killed between two renames
     if path.exists():
@@ -103,29 +99,24 @@ def resume(state: State, path: Path, facts: dict) -> None:
             optimizer.load_state_dict(loaded)
     if rank() == 0:
         lines = [x for x in read_log(out) if x["stage"] != name or x["step"] <= state.step]
-        (out / "log.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(out / "log.part", out / "log.jsonl")
+        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def refuse_another(path: Path, stage: str, saved: dict, facts: dict) -> None:
     """ValueError, with a way out, if a checkpoint cannot go on as this model in this world."""
-    elsewhere = "name another folder with --out"
+    elsewhere, config = "name another folder with --out", facts["config"]
     if "weights" not in saved:
-        raise ValueError(f"{path} has only what sampling needs: {elsewhere}, and --init-from {path}")
-    was, now = saved["config"], facts["config"]
-    changed = {
-        name: ",".join(map(str, x)) if isinstance(x, tuple) else x
-        for name, x in was.items()
-        if name in now and x != now[name]
-    }
+        raise ValueError(f"{path} cannot be trained on: {elsewhere}, and --init-from {path}")
+    changed = {k: x for k, x in saved["config"].items() if x not in ("", config.get(k, x))}
     for kind in ("model", "world"):
         was, now = ({**x.get("config", {}), **x} for x in (saved[kind], facts[kind]))
-        for name in [name for name in now if was.get(name) != now[name]]:
-            likely = [flag for flag in (f"{stage}_{name}", name) if flag in changed][:1] or changed
-            flags = "".join(f" --{flag.replace('_', '-')} {changed[flag]}" for flag in likely)
+        for name in (name for name in now if was.get(name) != now[name]):
+            flags = [flag for flag in (f"{stage}_{name}", name) if flag in changed][:1] or changed
+            typed = (f"--{x.replace('_', '-')} {str(changed[x]).strip('(,)')}" for x in flags)
+            back = " ".join(flag.replace(", ", ",") for flag in typed)
             raise ValueError(
                 f"{path} was trained with {kind} {name} = {was.get(name)}, and not {now[name]}: "
-                + (f"set{flags} again, or {elsewhere}" if flags else elsewhere)
+                + (f"set {back} again, or {elsewhere}" if back else elsewhere)
             )
 
 
@@ -136,13 +127,9 @@ def log(out: Path, figures: dict) -> None:
 
 
 def read_log(out: Path) -> list[dict]:
-    path, lines = out / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # killed while it was written: it will be logged again
-            continue
-    return lines
+    path = out / "log.jsonl"
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut off
 
 
 def starting_from(c, out: Path, name: str) -> dict:
@@ -153,31 +140,26 @@ def starting_from(c, out: Path, name: str) -> dict:
     saved = [path for path in (out / f"{name}.pt", out / f"{name}.before.pt") if path.exists()]
     path = saved[0] if saved else Path(c.init_from)
     if path.is_dir():
-        found = {other: find_weights(path, other) for other in STAGES}
-        if not any(other.exists() for other in found.values()):
+        if not any(find_weights(path, other).exists() for other in STAGES):
             raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")
-        path = found[name]
-        if not path.exists():  # it did not train this one
+        if not (path := find_weights(path, name)).exists():  # it did not train this one
             return {}
     return read_weights(path, "cpu") | {"path": path}
 
 
 def begin_with(model: nn.Module, start: dict) -> None:
     """Load what `starting_from` found into a new network. ValueError: it does not fit."""
-    if not start:
-        return
-    own, given = model.state_dict(), start["ema"]
-    wrong = [f"{name} is missing" for name in own.keys() - given.keys()]
-    wrong += [f"{name} has no place here" for name in given.keys() - own.keys()]
-    for name in own.keys() & given.keys():
-        there, here = list(given[name].shape), list(own[name].shape)
-        wrong += [f"{name} is {there} there and {here} here"] if there != here else []
+    weights = start.get("ema", model.state_dict())
+    there, here = ({k: list(x.shape) for k, x in s.items()} for s in (weights, model.state_dict()))
+    wrong = [
+        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in sorted(there | here)
+        if there.get(name) != here.get(name)
+    ]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{start['path']} is not of this {type(model).__name__}: {min(wrong)}{more}"
-        )
-    model.load_state_dict(given)
+        raise ValueError(f"{start['path']} is not of this {type(model).__name__}: {wrong[0]}{more}")
+    model.load_state_dict(weights)
 
 
 def export(folder: Path) -> list[Path]:
@@ -193,11 +175,6 @@ def export(folder: Path) -> list[Path]:
         saved = read_weights(path, "cpu")
         tensors = {name: x.contiguous() for name, x in saved["ema"].items()}
         about = {k: v for k, v in saved.items() if k not in ("ema", "weights", "optimizers")}
-        part = path.with_suffix(".part")
-        try:
-            safetensors.torch.save_file(tensors, part, {"sora": json.dumps(about)})
-        except (OSError, safetensors.SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise OSError(f"{path.stem}.safetensors could not be written: {error}") from None
-        os.replace(part, path.with_suffix(".safetensors"))
+        made = safetensors.torch.save(tensors, {"sora": json.dumps(about)})
+        write(path.with_suffix(".safetensors"), made)
     return [path.with_suffix(".safetensors") for path in found]

@@ -1,7 +1,6 @@
 """What a training costs, before it starts: parameters, work, memory, and time on a named GPU.
 
-The problem. A run that turns out too large after a week is a week lost; and nobody can tell from a
-width and a depth whether a model fits into a GPU, or what a longer clip costs.
+The problem. A run that turns out too large after a week is a week lost.
 
 The idea. All of it is counting, on networks without numbers (PyTorch's meta device). A clip of n
 tokens costs, in a transformer of width d and depth D (Kaplan et al. 2020, section 2.1):
@@ -12,6 +11,7 @@ tokens costs, in a transformer of width d and depth D (Kaplan et al. 2020, secti
 Left out: work that is done twice (--recompute), what GPUs send each other, and making clips.
 """
 
+import math
 import re
 from collections import Counter
 
@@ -41,9 +41,8 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 def step_flops(dit: DiT, lengths: list[int], words: int, frames: int) -> tuple[float, float]:
     """What a training step has to compute on clips of so many tokens, `words` of all of them being
-    captions': in linear maps, and in attention. frames: rows of the frame table."""
-    # adaLN is computed for each frame, not for each token; looking something up is no product.
-    times = dict.fromkeys(("words", "place", "action"), 0) | {"summary": words}
+    captions': in linear maps, and in attention. frames: rows of the frame table, for adaLN."""
+    times = dict.fromkeys(("words", "place", "action"), 0) | {"summary": words}  # 0: looked up
     times |= dict.fromkeys(("modulation", "level"), frames)
     linear = 0
     for name, weight in dit.named_parameters():
@@ -70,7 +69,7 @@ def memory(dit: DiT, tokens: int, recompute: bool = False, shards: int = 1) -> d
 
 def short(number: float) -> str:
     """1234567 -> "1.23 M"."""
-    k = next(k for k in range(7, -1, -1) if number >= 1000**k or k == 0)
+    k = min(7, int(math.log(max(1.0, number), 1000)))
     return f"{number / 1000**k:.3g} {' kMGTPEZ'[k].strip()}"
 
 
@@ -111,7 +110,7 @@ CLIPS = [("tiny", (17, 32, 32)), ("small", (17, 64, 64)), ("base", (17, 128, 128
 
 
 def row(dit: DiT, grid: tuple[int, int, int], patch: int) -> list[str]:
-    """Cells of that table: a clip's latents are [Z, *grid], and its caption has 8 tokens."""
+    """Cells of that table, of a clip with a caption of 8 tokens and latents [Z, *grid]."""
     t, h, w = grid
     n = t * (h // patch) * (w // patch) + 8
     linear, attention = step_flops(dit, [n], 8, 1 + t)

@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,20 +127,21 @@ def encode(vae: VAE, video: Tensor, plans: list[Plan]) -> list[tuple[Tensor, Ten
     return list(zip(latent, given, strict=True))
 
 
-class Pixels(torch.utils.data.Dataset):
-    """Groups of clips for torch's DataLoader, whose workers decode them side by side."""
+class Made(torch.utils.data.Dataset):
+    def __init__(self, make: Callable):
+        self.make = make
 
-    def __init__(self, world: World, groups: list[list[Plan]], unit: int):
-        self.world, self.groups, self.unit = world, groups, unit
+    def __getitem__(self, k: int):
+        return self.make(k)
 
-    def __len__(self) -> int:
-        return len(self.groups)
 
-    def __getitem__(self, k: int) -> list:
-        group = self.groups[k]
-        (T, _, _), image, ahead = group[0].alike
-        i, later = ([getattr(plan, name) for plan in group] for name in ("number", "later"))
-        return self.world.clips(np.array(i), image, np.array(later), T + ahead * self.unit)
+def made_ahead(make: Callable, order: range, workers: int) -> torch.utils.data.DataLoader:
+    """make(k) of each k in order, made ahead by worker processes, if there are any."""
+    workers = 0 if sys.platform == "win32" else workers
+    return torch.utils.data.DataLoader(
+        Made(make), batch_size=None, sampler=order, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # nothing needs to be pickled
+    )  # fmt: skip
 
 
 def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:
@@ -151,15 +153,6 @@ def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:
         most = max(1, pixels // (int(np.prod(size)) + 4 * ahead * size[1] * size[2]))
         groups += [some[k : k + most] for k in range(0, len(some), most)]
     return [groups[k] for k in np.random.default_rng(0).permutation(len(groups))]
-
-
-def made_ahead(dataset, order: range, workers: int) -> torch.utils.data.DataLoader:
-    """dataset[k] of each k in order, made ahead by worker processes, if there are any."""
-    workers = 0 if sys.platform == "win32" else workers
-    return torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=order, num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # worlds and closures need no pickling
-    )  # fmt: skip
 
 
 class Shard:
@@ -216,7 +209,13 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
     have = set(zip(done["number"].tolist(), done["image"].tolist(), strict=True))
     groups = grouped([p for p in draw_plans(world, c) if (p.number, int(p.image)) not in have])
     groups, shard = groups[rank() :: ranks()], Shard(folder)
-    loader = made_ahead(Pixels(world, groups, c.time_factor), range(len(groups)), c.workers)
+
+    def decode(k: int) -> list:
+        (T, _, _), image, ahead = groups[k][0].alike
+        i, later = (np.array([getattr(x, name) for x in groups[k]]) for name in ("number", "later"))
+        return world.clips(i, image, later, T + ahead * c.time_factor)
+
+    loader = made_ahead(decode, range(len(groups)), c.workers * world.slow)
     bar = tqdm(total=sum(map(len, groups)), desc="items", unit="clip", disable=rank() > 0)
     for group, clips in zip(groups, loader, strict=True):
         here = [(plan, clip) for plan, clip in zip(group, clips, strict=True) if clip is not None]

@@ -1,11 +1,11 @@
 """The training loop: the same for every network, on one process or many.
 
-The problem. Training takes minutes here and weeks elsewhere. Whatever stops it, nothing may be
-lost, and what is learned must not depend on the machines that happen to do it.
+The problem. Training takes minutes or weeks. Whatever stops it, nothing may be lost, and what is
+learned must not depend on the machines that happen to do it.
 
 The idea. Progress is one integer, the step. The *global* batch of a step, its noise and its
-learning rate are functions of (seed, step) alone. So a checkpoint is the weights, their moving
-average (EMA), the optimizers' state and that one number. Each process learns from its own parts:
+learning rate are functions of (seed, step) alone. A checkpoint is the weights, their moving average
+(EMA), the optimizers' state and that one number. Each process learns from its parts of the batch:
 
     step -> the batch, dealt out: a part for each of N processes x A accumulations
     part -> loss: its share of the mean over the whole batch; the shares add up to the step's loss
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,20 +43,19 @@ MOST_SKIPPED = 3  # steps in a row that may fail
 
 @dataclass
 class Stage:
-    """What the loop needs to know of a training. `batches` is closed when training ends or stops;
-    `loss` gives a part's share in the step's loss, and logs, and may run in threads. Each process
-    has as many parts as any other, also of what is held back."""
+    """A training. `batches` is closed when it ends or stops, and gives each process equally many
+    parts. `loss` gives a part's share of the step's loss, and logs; it may run in threads."""
 
     name: str
     model: nn.Module
     steps: int
     lr: float
-    batches: Callable[[int], Iterator[list]]  # (first step): of each step from it, our parts
+    batches: Callable[[int], Iterator[list]]  # (first step): our parts of each step
     loss: Callable[[nn.Module, object, int], tuple[Tensor, dict]]  # (model, part, step)
     facts: dict  # for the checkpoint: "model", "world", "config", and "words" if it reads any
     preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
     finish: Callable[[nn.Module], None] | None = None  # (EMA model), after the last step
-    measure: Callable[[nn.Module], float] | None = None  # (EMA model): share in a loss held back
+    measure: Callable[[nn.Module], float] | None = None  # (EMA model): our share of a held-out loss
     large: bool = False  # whether --shard is for it
 
 
@@ -68,7 +66,7 @@ def learning_rate(step: int, steps: int, warmup: float = WARMUP) -> float:
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest: far ahead of AdamW alone here."""
+    """Muon for the matrices inside the blocks, AdamW for the rest: far better than AdamW alone."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = "blocks." in name and "modulation" not in name  # modulation starts at zero
@@ -83,10 +81,10 @@ def gradients(stage: Stage, model: nn.Module, parts: list, step: int, device) ->
     loss, logs = torch.zeros((), device=device), {}
     for k, part in enumerate(parts):
         last = k == len(parts) - 1
-        alone = isinstance(model, DistributedDataParallel) and not last
+        quiet = isinstance(model, DistributedDataParallel) and not last
         if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
             model.set_requires_gradient_sync(last)
-        with model.no_sync() if alone else nullcontext():
+        with model.no_sync() if quiet else nullcontext():
             with bf16(device):
                 share, more = stage.loss(model, part, step)
             (share * ranks()).backward()  # DDP and FSDP take the mean over processes
@@ -115,11 +113,11 @@ def gradients_in_threads(stage: Stage, model: nn.Module, parts: list, step: int,
 
 
 def prepare(stage: Stage, c, device) -> tuple[State, Callable[[], nn.Module]]:
-    """The networks and optimizers on their device, sharded or not; and what makes the EMA model
-    whole: on the first process, which shows and returns it. Others get one without numbers."""
+    """Networks and optimizers on their device, sharded or not; and what makes the EMA model whole
+    on the first process. Other processes get one without numbers."""
     model, averaged = stage.model.to(device), deepcopy(stage.model).to(device)
     averaged.eval().requires_grad_(False)
-    if not (c.shard and stage.large and dist.is_initialized()):
+    if not (c.shard and stage.large and ranks() > 1):
         return State(model, averaged, make_optimizers(model, stage.lr)), lambda: averaged
     blank = deepcopy(averaged).to("meta" if rank() else "cpu")
     model, averaged = shard(model), shard(averaged)
@@ -139,8 +137,8 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in state.optimizers]
     resume(state, path, stage.facts)
     weights, means = list(state.model.parameters()), list(state.averaged.parameters())
-    many, sharded = dist.is_initialized(), isinstance(weights[0], DTensor)
-    learner = DistributedDataParallel(state.model) if many and not sharded else state.model
+    alone, sharded = ranks() == 1, isinstance(weights[0], DTensor)
+    learner = state.model if alone or sharded else DistributedDataParallel(state.model)
     in_a_row, logged, begun = 0, state.step, time.perf_counter()
     bar = tqdm(total=stage.steps, initial=state.step, desc=stage.name, unit="step", disable=rank())
     with closing(stage.batches(state.step)) as batches, bar:
@@ -150,45 +148,45 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
                 optimizer.param_groups[0]["lr"] = share * peak
             with bf16(device):  # what encodes clips may do it here
                 parts = next(batches)
-            beside = device.type == "cpu" and not many and len(parts) > 1
+            beside = alone and len(parts) > 1 and device.type == "cpu"
             add_up = gradients_in_threads if beside else gradients
             loss, logs = add_up(stage, learner, parts, state.step, device)
             norm = nn.utils.clip_grad_norm_(weights, CLIP)
             norm = (norm.full_tensor() if sharded else norm).item()
             loss, stopping = added(loss, len(STOP), device=device)  # the same on all processes
             state.step += 1
+            step, last = state.step, state.step == stage.steps
             in_a_row = 0 if math.isfinite(loss + norm) else in_a_row + 1
             state.skipped += in_a_row > 0  # as if it had not been; the next step has other clips
             if not in_a_row:
                 for optimizer in state.optimizers:
                     optimizer.step()
-                # An average over the last 1 / (1 - decay) steps; over fewer while there are few.
+                decay = min(c.ema, step / (10 + step))  # shorter while there are few
                 with torch.no_grad():
-                    n = state.step
-                    torch._foreach_lerp_(means, weights, 1 - min(c.ema, n / (10 + n)))
+                    torch._foreach_lerp_(means, weights, 1 - decay)
             state.model.zero_grad()
             if in_a_row == MOST_SKIPPED:
                 raise FloatingPointError(
-                    f"{stage.name} diverged: in {in_a_row} steps in a row, up to step {state.step},"
+                    f"{stage.name} diverged: in {in_a_row} steps in a row, up to step {step}, the"
                     " loss or gradient was not a number. What was saved is still good: try a lower "
                     f"learning rate than {stage.lr:g}, or another --seed"
                 )
             bar.update()
-            last = state.step == stage.steps
-            if state.step % 10 == 0 or last:
+            if step % 10 == 0 or last:
                 bar.set_postfix(loss=f"{loss:.4f}")
-                speed = (state.step - logged) / max(time.perf_counter() - begun, 1e-9)
-                logged, begun = state.step, time.perf_counter()
-                line = {"stage": stage.name, "step": state.step, "loss": loss, "norm": norm}
-                log(out, line | {"skipped": state.skipped, "steps_a_second": round(speed, 3)} | logs)
+                speed = (step - logged) / max(time.perf_counter() - begun, 1e-9)
+                logged, begun = step, time.perf_counter()
+                line = {"stage": stage.name, "step": step, "loss": loss, "norm": norm}
+                line |= {"skipped": state.skipped, "steps_a_second": round(speed, 3)}
+                log(out, line | logs)
             if last and stage.finish:
                 stage.finish(state.averaged)
             # Shown before it is saved: killed in between, it is shown again, and not left out.
-            if stage.preview and (last or state.step % c.sample_every == 0):
+            if stage.preview and (last or step % c.sample_every == 0):
                 shown = ema()
                 if rank() == 0:
-                    stage.preview(shown, state.step)
-            due = last or state.step % c.save_every == 0
+                    stage.preview(shown, step)
+            due = last or step % c.save_every == 0
             if due and c.keep and stage.measure:
                 with torch.no_grad(), bf16(device):
                     held_back = added(stage.measure(state.averaged), device=device)[0]
@@ -196,8 +194,7 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
             if due or stopping:
                 save(state, path, stage.facts)
             if stopping:
-                at = f"step {state.step} of {stage.name}"
+                at = f"step {step} of {stage.name}"
                 raise SystemExit(f"stopped at {at}; the same command continues")
-    if rank() == 0:  # what is finished needs no second checkpoint
-        path.with_suffix(".before.pt").unlink(missing_ok=True)
+    path.with_suffix(".before.pt").unlink(missing_ok=True)  # nothing can happen to it any more
     return ema()

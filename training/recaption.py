@@ -11,9 +11,9 @@ and edit. Where clips have no briefs, as in a folder of videos, it learns only t
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,9 +82,15 @@ def draw_lessons(world: World, c, step: int) -> tuple[list[tuple], bool]:
     return lessons, image
 
 
-def read_lessons(world: World, tokenizer: Tokenizer, c, step: int) -> list[tuple[list, dict, int]]:
-    """This process's parts of a step, each (lessons with texts as ids; pixels of what is seen; how
-    many tokens are written in all parts). A worker may do this."""
+@dataclass
+class Part:
+    lessons: list[tuple]  # as `draw_lessons` says, texts and prompts as ids
+    pixels: dict[tuple, np.ndarray]  # of what is seen, uint8 [C, T, H, W] each
+    tokens: int  # to be written in the step, on all processes
+
+
+def read_lessons(world: World, tokenizer: Tokenizer, c, step: int) -> list[Part]:
+    """This process's parts of a step. A worker may make them ahead."""
     drawn, image = draw_lessons(world, c, step)
     lessons = [(tokenizer.encode(text)[: LONGEST - 1], tokenizer.encode(prompt) if prompt else [],
                 *seen) for text, prompt, *seen in drawn]  # fmt: skip
@@ -95,24 +101,24 @@ def read_lessons(world: World, tokenizer: Tokenizer, c, step: int) -> list[tuple
         i, later = np.array(seen, int).reshape(-1, 2).T
         clips = world.clips(i, image, later) if seen else []
         pixels = {k: x.pixels for k, x in zip(seen, clips, strict=True) if x}
-        parts.append((mine, pixels, tokens))
+        parts.append(Part(mine, pixels, tokens))
     return parts
 
 
 @torch.no_grad()
-def encoded(vae: VAE, part: tuple[list, dict, int]) -> tuple[list[tuple[list, list, list]], int]:
+def encoded(vae: VAE, part: Part) -> tuple[list[tuple[list, list, list]], int]:
     """What the language model's `forward` takes, without clips that could not be read; tokens."""
-    (lessons, pixels, tokens), latents, kinds = part, {}, {}
-    if pixels:  # of one size: [b, C, T, H, W] -> [Z, t, h, w] each
-        video = to_float(list(pixels.values())).to(vae.mean.device)
-        latents = dict(zip(pixels, vae.encode(video), strict=True))
-    for text, prompt, seen, share in lessons:
+    latents, kinds = {}, {}
+    if part.pixels:  # of one size: [b, C, T, H, W] -> [Z, t, h, w] each
+        video = to_float(list(part.pixels.values())).to(vae.mean.device)
+        latents = dict(zip(part.pixels, vae.encode(video), strict=True))
+    for text, prompt, seen, share in part.lessons:
         if seen is None or seen in latents:
             clips, prompts, texts = kinds.setdefault((seen is None, not prompt), ([], [], []))
             clips += [z[:, : 1 + int(share * z.shape[1])] for z in (latents.get(seen),) if seen]
             prompts += [prompt] if prompt else []
             texts.append(text)
-    return list(kinds.values()), tokens
+    return list(kinds.values()), part.tokens
 
 
 def lessons(world: World, vae: VAE, tokenizer: Tokenizer, c, step: int) -> list[tuple]:
@@ -122,9 +128,9 @@ def lessons(world: World, vae: VAE, tokenizer: Tokenizer, c, step: int) -> list[
 def read_lines(path: Path) -> dict[str, str]:
     """{name: caption} of a captions.jsonl; nothing where there is no such file."""
     lines, captions = path.read_text("utf-8-sig").split("\n") if path.exists() else [], {}
-    for number, line in enumerate(lines, 1):
+    for number, line in [(n, x) for n, x in enumerate(lines, 1) if x.strip()]:
         try:
-            entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
+            entry = json.loads(line)
             captions[entry["file"]] = " ".join(entry["caption"].split())
         except (ValueError, KeyError, TypeError, AttributeError):
             form = '{"file": "a.mp4", "caption": "a dog"}'
@@ -132,7 +138,8 @@ def read_lines(path: Path) -> dict[str, str]:
     return captions
 
 
-class Wanted(NamedTuple):
+@dataclass
+class Wanted:
     name: str  # what stands for a clip in captions.jsonl
     size: tuple[int, int, int]  # of the clip: similar ones are written together
     told: str = ""  # a prompt, as `asked` makes it

@@ -8,8 +8,7 @@ from data import Clip, World, hashed_uniform
 from language import Language, asked
 from training.items import Items
 from training.loop import STOP
-from training.recaption import Wanted, write_captions
-from worlds.folder import read_lines
+from training.recaption import Wanted, read_lines, write_captions
 
 SHORT = 0.1  # share of the clips that keep their brief, so that short prompts work, too
 
@@ -66,7 +65,7 @@ def captions_of(world: World, c, items: Items, words: list[Clip]) -> list[str]:
     window from later on, or one that leads to a known ending, nobody knows that when sampling: it
     comes with what lasts of its caption."""
     brief = keeps_brief(c, items, words)
-    written = dict(read_lines(Path(c.folder, "captions.jsonl")))
+    written = read_lines(c.folder / "captions.jsonl")
     captions, lost = [], 0
     for k, (clip, lasts) in enumerate(zip(words, items["lasts"], strict=True)):
         said = clip.brief if brief[k] else clip.caption or written.get(clip.name)

@@ -22,7 +22,7 @@ captions.jsonl in the folder. media.py reads the pixels.
 
 Alphabet: F frames of a file, T of a clip, H x W pixels; n numbers are asked for at once.
 
-Run `python -m worlds.folder FOLDER` to look at your files first: what is read, what not and why.
+Run `python -m worlds.folder FOLDER` to look at your files first: sizes, captions, broken files.
 """
 
 import json
@@ -72,10 +72,10 @@ def make_index(root: Path, names: list[str]) -> dict[str, dict]:
     """{name: what `look_at` says}. Only files that are new or have changed are looked at."""
     known, index, k = {}, {}, 0
     try:
-        for line in (root / INDEX).read_text("utf-8").split("\n")[:-1]:
-            known[json.loads(line)["file"]] = json.loads(line)
+        lines = (root / INDEX).read_text("utf-8").splitlines()
+        known = {entry["file"]: entry for entry in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or a torn line
+        pass  # none yet, or not ours
     for name in names:
         stat = (root / name).stat() if (root / name).exists() else None  # None: a link to nowhere
         stamp = [VERSION, stat.st_mtime_ns, stat.st_size] if stat else [VERSION]
@@ -103,22 +103,29 @@ def make_index(root: Path, names: list[str]) -> dict[str, dict]:
     return index
 
 
-def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, str]:
-    """{name: caption} of files that have one: from beside them, or else from captions.jsonl. Says
-    which of the `others` came to nothing."""
-    path, captions, unused, known = root / "captions.jsonl", {}, {}, set(names)
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """(name, caption) of each line of a captions.jsonl that has a caption, if the file exists."""
+    found = []
     for number, line in enumerate(read_text(path).split("\n") if path.exists() else [], 1):
         try:
             entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
-            name = os.path.relpath(root / entry["file"].replace("\\", "/"), root)
-            name, said = Path(name).as_posix(), " ".join((entry["caption"] or "").split())
+            name = os.path.relpath(path.parent / entry["file"].replace("\\", "/"), path.parent)
+            found.append((Path(name).as_posix(), " ".join((entry["caption"] or "").split())))
         except (ValueError, KeyError, TypeError, AttributeError):
             form = '{"file": "a.mp4", "caption": "a dog"}'
             raise ValueError(f"{path}, line {number}: each line is like {form}") from None
-        if said and (name not in known or name in captions):
+    return [(name, caption) for name, caption in found if caption]
+
+
+def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, str]:
+    """{name: caption} of files that have one: from beside them, or else from captions.jsonl. Names
+    the `others` that are of no use."""
+    path, captions, unused, known = root / "captions.jsonl", {}, {}, set(names)
+    for name, caption in read_lines(path):
+        if name in known and name not in captions:
+            captions[name] = caption
+        else:
             unused.setdefault("lines of captions.jsonl", []).append(name)
-        elif said:
-            captions[name] = said
     if unused and not captions:
         raise ValueError(f"{path} names none of the {len(names)} files that are there")
     beside = {os.path.splitext(x)[0]: x for x in others if x.lower().endswith(".txt")}
@@ -166,7 +173,7 @@ def fitted(H: int, W: int, pixels: int, multiple: int) -> tuple[int, int]:
 
 
 class Folder(World):
-    colors = 3
+    colors, briefs, slow = 3, False, True  # nobody wrote two captions of a clip; decoding takes long
 
     def __init__(self, config: WorldConfig):
         super().__init__(config)
@@ -187,7 +194,8 @@ class Folder(World):
         if not self.files:
             why = f"none of its {len(names)} files can be used" if names else "no file of "
             raise FileNotFoundError(f"{self.root}: {why}{'' if names else ' '.join(KINDS)}")
-        self.captions = read_captions(self.root, names, sorted(set(found) - set(names)))
+        said = read_captions(self.root, names, sorted(set(found) - set(names)))
+        self.captions = {x["file"]: said[x["file"]] for x in self.files if x["file"] in said}
         self.arrange(np.array(shapes))
 
     def arrange(self, shapes: np.ndarray) -> None:
@@ -207,7 +215,8 @@ class Folder(World):
         self.windows = np.column_stack([T, shapes])[self.file]  # [N, 3]
         self.durations = tuple(np.unique(self.windows[:, 0]).tolist())
         moves = self.windows[:, 0] > 1
-        videos, images = (Counter(map(tuple, self.windows[x, 1:].tolist())) for x in (moves, ~moves))
+        shapes = (self.windows[which, 1:].tolist() for which in (moves, ~moves))
+        videos, images = (Counter(map(tuple, some)) for some in shapes)
         self.shapes = tuple(shape for shape, _ in (videos or images).most_common(8))
         images = (shape for shape, _ in images.most_common(8))
         self.image_shapes = tuple(shape for shape in images if shape not in self.shapes)

@@ -85,19 +85,20 @@ def probe_video(path: Path) -> dict:
             raise ValueError("no video in it")
         stream = container.streams.video[0]
         check_size(stream.height, stream.width)
-        for packet in container.demux(stream):
-            frame = frame or next(iter(packet.decode()), None)
-            packets += [packet] * (packet.pts is not None)
         unit, aspect = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
+        for p in container.demux(stream):
+            frame = frame or next(iter(p.decode()), None)
+            if p.pts is not None:
+                packets.append((p.is_corrupt, p.is_discard, p.pts * unit, (p.duration or 0) * unit))
         promised = stream.frames  # 0 where the file does not say
-    # A cut without re-encoding hides frames, which are still in the file.
-    times = sorted((p.pts * unit, (p.duration or 0) * unit) for p in packets if not p.is_discard)
+    # A cut without re-encoding discards frames, which are still in the file.
+    times = sorted(packet[2:] for packet in packets if not packet[1])
     if frame is None or not times:
         raise ValueError("no frames in it")
     start, (last, lasts) = times[0][0], times[-1]
     seconds = last - start + (lasts or (last - start) / max(1, len(times) - 1))  # as the others
-    # An .avi may count up to two packets that hold no frame.
-    if any(packet.is_corrupt for packet in packets) or len(packets) < promised - 2:
+    # An .avi may promise up to two packets that hold no frame.
+    if any(packet[0] for packet in packets) or len(packets) < promised - 2:
         raise ValueError(f"cut off or damaged after {seconds:.1f} seconds")
     H, W = frame.height, max(1, round(frame.width * aspect))
     H, W = (W, H) if frame.rotation % 180 else (H, W)
@@ -115,8 +116,8 @@ def check_size(H: int, W: int) -> None:
 
 def read(path: str | Path, times=None, size=None, colors: int = 3, found=None, box=None):
     """What a file shows at `times`, rising seconds from its start (None: ten a second): uint8
-    [colors, T, H, W]. size: (H, W) to scale to; found: what `probe` said, if known; box: what to cut
-    out then (left, top, right, bottom), black outside. ValueError where the file breaks off."""
+    [colors, T, H, W]. size: (H, W) to scale to; found: what `probe` said; box: (left, top, right,
+    bottom) to cut out then, black outside. ValueError where the file breaks off."""
     path, found = Path(path), found or probe(path)
     times = np.arange(max(1, round(found["seconds"] * 10))) / 10 if times is None else times
     H, W = size or (found["height"], found["width"])
@@ -217,12 +218,9 @@ def upright(frame: av.VideoFrame, size: tuple[int, int]) -> Image.Image:
 
 def read_clip(path: str | Path, colors: int, multiple: int, size: tuple[int, int] | None = None,
               fit: str = "crop", fps: int = 10) -> tuple[np.ndarray, str]:  # fmt: skip
-    """A person's file as uint8 [C, T, H, W] whose sides `multiple` divides, and a line that says
-    what was done to it.
-
-    size: (H, W) to resize it to; without one, no pixel changes, but a border is cut off ("crop") or
-    added ("pad"). fps: at how many frames a second; 0: the first frame alone.
-    """
+    """A person's file as uint8 [C, T, H, W] with sides that `multiple` divides, and a line on what
+    was done. size: (H, W) to resize to; without one, no pixel changes, but a border is cut off
+    ("crop") or added ("pad"). fps: frames a second; 0: the first frame alone."""
     found = probe(path)
     H, W = scaled = found["height"], found["width"]
     if fit == "crop" and min(H, W) < multiple:
@@ -272,7 +270,7 @@ class Writer:
         if keep and self.chunks:
             self.save(np.concatenate(self.chunks, axis=1))
         if self.container:
-            self.container.mux(self.stream.encode(None))
+            self.container.mux(self.stream.encode(None) if keep else [])
             self.container.close()
             if not keep:
                 self.path.unlink(missing_ok=True)
