@@ -298,8 +298,10 @@ def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.dev
     checkpoints.begin_with(model, start)
 
     def steps(first: int) -> Iterator[list]:
-        for step in range(first, c.text_steps):
-            yield recaption.lessons(world, vae, tokenizer, c, step)
+        make = partial(recaption.read_lessons, world, tokenizer, c)
+        order = range(first, c.text_steps)
+        for parts in items.made_ahead(make, order, c.workers * world.slow):
+            yield [recaption.encoded(vae, part) for part in parts]
 
     def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
         """The sum over this part's tokens, divided by how many there are in all parts."""

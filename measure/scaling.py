@@ -26,12 +26,15 @@ import data
 import prompting
 import train
 from measure import prompts
-from training import batches, cost, items, recaption
+from training import batches, cost, items, words
 from training.plot import plot
 
 TIMES = (1, 4, 16)
 PROMPTS = ("a 7 moving left", "a 3 moving right", "a 0 moving down", "a 4 moving up",
            "a 9 moving left", "a 2 moving right")  # fmt: skip
+CLIPS = [("tiny", (17, 32, 32)), ("small", (17, 64, 64)), ("base", (17, 128, 128)),
+         ("large", (17, 128, 128)), ("xl", (17, 128, 192)), ("3b", (65, 256, 448)),  # Sora's kind:
+         ("3b", (121, 480, 848)), ("3b", (601, 720, 1280)), ("3b", (1801, 1088, 1920))]  # fmt: skip
 
 
 @torch.no_grad()
@@ -39,7 +42,7 @@ def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
     world = train.make_world(c)
     made = items.make_items(world, run.vae, c, c.folder / "items")
-    said = recaption.captions_of(world, made, recaption.words_of(world, made), c)
+    said = words.captions_of(world, c, made, words.words_of(world, made))
     texts = [run.tokenizer.encode(x) for x in said]
     source = batches.Source(made, texts, world.held_back(made["number"]), c)
     total, flops = 0.0, 0.0
@@ -107,14 +110,13 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
 
 
 def costs(args: argparse.Namespace) -> None:
-    """The presets: weights, gradients, optimizer and EMA; one training step on one clip, and the
-    share of attention in it; H200 hours for a million clips at 40% of the peak."""
+    """What the presets cost: weights, gradients, optimizer and EMA; one training step on one clip,
+    and the share of attention in it; H200 hours for a million clips at 40% of the peak."""
     world = data.Digits(data.WorldConfig())
-    print("| preset | a clip | parameters | state | tokens | step | attention | a million clips |")
+    print("| preset | parameters | state | a clip | tokens | step | attention | a million clips |")
     print("|" + " --- |" * 8)
-    for preset, size in cost.CLIPS:
+    for preset, size in CLIPS:
         c = train.parse(["--preset", preset])
         with torch.device("meta"):
             dit, vae = train.make_dit(c, 512, world), train.make_vae(c, world)
-        cells = cost.row(dit, vae.grid(*size), c.patch)
-        print("|", " | ".join([preset, " x ".join(map(str, size)), *cells]), "|")
+        print("|", " | ".join([preset, *cost.row(dit, size, vae.grid(*size), c.patch)]), "|")

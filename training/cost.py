@@ -1,9 +1,8 @@
 """What a training costs, before it starts: parameters, work, memory, and time on a named GPU.
 
-The problem. A run that turns out too large after a week is a week lost.
-
-The idea. All of it is counting, on networks without numbers (PyTorch's meta device). A clip of n
-tokens costs, in a transformer of width d and depth D (Kaplan et al. 2020, section 2.1):
+A run that turns out too large after a week is a week lost. All of it is counting, on networks
+without numbers (PyTorch's meta device). A clip of n tokens costs, in a transformer of width d and
+depth D (Kaplan et al. 2020, section 2.1):
 
     linear maps     6 for each weight and each thing it is applied to: 2 forward, 4 backward
     attention       12 n^2 d D, which is more than all else once n > 6 d
@@ -14,6 +13,7 @@ Left out: work that is done twice (--recompute), what GPUs send each other, and 
 import math
 import re
 from collections import Counter
+from datetime import timedelta
 
 from torch import nn
 
@@ -91,31 +91,24 @@ def report(networks: dict, lengths: list, words: list, frames: list, c) -> str:
     hours = (linear + attention) * c.steps / (peak * 1e12 * REACHED * c.gpus) / 3600
     return "\n".join([
         *lines,
-        f"a step: {clips:.0f} clips of {min(map(min, lengths)):,} to {max(map(max, lengths)):,} "
-        f"tokens, {tokens:,.0f} in all, in {c.rows} rows of {c.tokens}",
-        f"work of a step: {short(linear + attention)}FLOP forward and backward, "
-        f"{attention / (linear + attention):.0%} of it in attention",
+        f"a step: {clips:.0f} clips, {tokens:,.0f} tokens in {c.rows} rows of {c.tokens}; "
+        f"{short(linear + attention)}FLOP, {attention / (linear + attention):.0%} in attention",
         f"memory of each of {c.gpus} GPUs, for {part:,} tokens at once:",
         *(f"  {name:28}{size / 1e9:11.2f} GB" for name, size in bytes_of.items()),
         f"  {'in all':28}{total / 1e9:11.2f} GB, {fits} into {c.gpu}'s {room}",
         f"{c.steps:,} steps, at {REACHED:.0%} of {peak} TFLOP/s on {c.gpus} {c.gpu}: "
-        f"{hours:,.3g} hours, {hours * c.gpus:,.3g} GPU-hours",
+        f"{str(timedelta(hours=hours)).split('.')[0]}, {hours * c.gpus:,.2g} GPU-hours",
     ])  # fmt: skip
 
 
-# The README's table: presets, and (T, H, W) of a clip; the last are Sora's kind.
-CLIPS = [("tiny", (17, 32, 32)), ("small", (17, 64, 64)), ("base", (17, 128, 128)),
-         ("large", (17, 128, 128)), ("xl", (17, 128, 192)), ("3b", (65, 256, 448)),
-         ("3b", (121, 480, 848)), ("3b", (601, 720, 1280)), ("3b", (1801, 1088, 1920))]  # fmt: skip
-
-
-def row(dit: DiT, grid: tuple[int, int, int], patch: int) -> list[str]:
-    """Cells of that table, of a clip with a caption of 8 tokens and latents [Z, *grid]."""
+def row(dit: DiT, size: tuple, grid: tuple[int, int, int], patch: int) -> list[str]:
+    """Of a clip of `size` with latents [Z, *grid] and a caption of 8 tokens: parameters, state, (T,
+    H, W), tokens, a training step, attention's share, H200 hours for a million clips."""
     t, h, w = grid
     n = t * (h // patch) * (w // patch) + 8
     linear, attention = step_flops(dit, [n], 8, 1 + t)
     count, total = sum(parameters(dit).values()), linear + attention
     hours = 1e6 * total / (GPUS["h200"][0] * 1e12 * REACHED) / 3600
-    return [f"{count / 1e6:,.1f} M", f"{sum(memory(dit, 0).values()) / 1e9:.2g} GB", f"{n:,}",
-            f"{short(total)}FLOP", f"{attention / total:.0%}",
-            f"{hours:,.2g}" if hours < 10 else f"{hours:,.0f}"]  # fmt: skip
+    return [f"{count / 1e6:,.1f} M", f"{sum(memory(dit, 0).values()) / 1e9:.2g} GB",
+            " x ".join(map(str, size)), f"{n:,}", f"{short(total)}FLOP",
+            f"{attention / total:.0%}", f"{hours:,.2g}" if hours < 10 else f"{hours:,.0f}"]

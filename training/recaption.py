@@ -121,10 +121,6 @@ def encoded(vae: VAE, part: Part) -> tuple[list[tuple[list, list, list]], int]:
     return list(kinds.values()), part.tokens
 
 
-def lessons(world: World, vae: VAE, tokenizer: Tokenizer, c, step: int) -> list[tuple]:
-    return [encoded(vae, part) for part in read_lessons(world, tokenizer, c, step)]
-
-
 def read_lines(path: Path) -> dict[str, str]:
     """{name: caption} of a captions.jsonl; nothing where there is no such file."""
     lines, captions = path.read_text("utf-8-sig").split("\n") if path.exists() else [], {}

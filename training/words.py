@@ -72,6 +72,6 @@ def captions_of(world: World, c, items: Items, words: list[Clip]) -> list[str]:
         lost += said is None
         captions.append(world.lasting(said or "") if lasts else said or "")
     if lost and (c.folder / "text.pt").exists() and c.captions != "written":
-        raise ValueError(f"{c.folder / 'captions.jsonl'} lacks {lost} captions of clips that are to "
-                         "be learned from: --stage text writes them")  # fmt: skip
+        path = c.folder / "captions.jsonl"
+        raise ValueError(f"{path} lacks {lost} captions to learn from: --stage text writes them")
     return captions

@@ -173,7 +173,7 @@ def fitted(H: int, W: int, pixels: int, multiple: int) -> tuple[int, int]:
 
 
 class Folder(World):
-    colors, briefs, slow = 3, False, True  # nobody wrote two captions of a clip; decoding takes long
+    colors, briefs, slow = 3, False, True  # one caption a clip, at most; decoding takes long
 
     def __init__(self, config: WorldConfig):
         super().__init__(config)
