@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL.Image import Image
 
 import data
 import prompting
@@ -265,9 +265,7 @@ def still(task: prompting.Task, made: np.ndarray, window: int) -> np.ndarray:
     return ((1 - share) * clip[:, before] + share * clip[:, after]).round().astype(np.uint8)
 
 
-def measure(
-    run: prompting.Run, n: int, minutes: int, seed: int, how: dict
-) -> tuple[dict, Image.Image]:
+def measure(run: prompting.Run, n: int, minutes: int, seed: int, how: dict) -> tuple[dict, Image]:
     """All figures, by task, kind of clip and measure; and a picture of two clips of each task."""
     world, figures, shown = held_out(run.world, seed=seed, two_digits=0.0), {}, []
     rows = [image_to_video(run, world, n), extend(run, world, n), extend(run, world, n, True),
@@ -315,10 +313,9 @@ def table(figures: dict) -> str:
             real, base, made = (figures[task][kind][name] for kind in ("real", "baseline", "made"))
             pixels = name.startswith("pixels")
             good = made <= bar if pixels else made >= bar
-            cells = [f"{x:.1f}" if pixels else f"{x:.0%}" for x in (real, base, made, bar)]
-            columns = ("real", "baseline", "model", "to reach", "")
-            cells = dict(zip(columns, [*cells, "" if good else "not yet"], strict=True))
-            lines[f"{task}: {name}"] = cells
+            cells = {"real": real, "baseline": base, "model": made, "to reach": bar}
+            cells = {k: f"{x:.1f}" if pixels else f"{x:.0%}" for k, x in cells.items()}
+            lines[f"{task}: {name}"] = cells | {"": "" if good else "not yet"}
     minute, said = figures["a minute"], [as_table("", lines)]
     tenths = {k: x for k, x in minute["made"].items() if k.endswith("in tenths")}
     said += [f"a minute, {k}: " + " ".join(f"{y:.2f}" for y in x) for k, x in tenths.items()]
@@ -326,10 +323,9 @@ def table(figures: dict) -> str:
     return "\n".join(said)
 
 
-def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
-    folder, how = Path(args.run or prompting.newest_run()), {}
-    if args.steps:
-        how["steps"] = args.steps
+def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
+    folder = Path(args.run or prompting.newest_run())
+    how = {"steps": args.steps} if args.steps else {}
     figures, page = measure(prompting.load_run(folder), args.clips, args.minutes, args.seed, how)
     if Path("/proc/self/status").exists():  # Linux
         with multiprocessing.get_context("spawn").Pool(1) as pool:
