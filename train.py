@@ -401,13 +401,13 @@ def gallery(run: prompting.Run, said: list, name: str, steps: int = 0) -> None:
         tasks = prompting.expand(run, tasks, group)
         for k, clip in zip(group, prompting.finished(run, tasks, group, how), strict=True):
             clips[k] = clip
-    titles = [x if len(x) <= 28 else x[:25] + "..." for x, _ in said]
+    titles = [x if len(x) <= 44 else x[:41] + "..." for x, _ in said]
     scale = min(4, max(1, 192 // max(max(clip.shape[2:]) for clip in clips)))
     pages = [
         sheet([clip[:, [t % clip.shape[1]]] for clip in clips], titles, columns=4, scale=scale)
         for t in range(max(clip.shape[1] for clip in clips))
     ]
-    write_gif(c.folder / name, pages, 6 if run.world["config"]["kind"] == "digits" else c.fps)
+    write_gif(c.folder / name, pages, run.world["fps"])
     if not steps:
         print(f"wrote {c.folder / name}")
 
