@@ -464,9 +464,13 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
         return
     said, language = words.words_of(world, made), None
     lacking, some = words.missing(c, made, said), any(clip.caption for clip in said)
+    if c.stage == "text" and not some:
+        raise ValueError("no clip has a caption to learn from")
     if c.stage in ("all", "text") and lacking and some:
         train_text(c, world, facts, vae, device)
+    if c.captions == "recaptioned" and prompting.find_weights(c.folder, "text").exists():
         language = prompting.load_language(c.folder, device)
+    if c.stage in ("all", "text") and language:
         with prompting.bf16(device):
             words.caption_items(language, c, made, said, c.space_factor)
     if c.stage == "text":

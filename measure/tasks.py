@@ -35,6 +35,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -328,8 +329,8 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     how = {"steps": args.steps} if args.steps else {}
     figures, page = measure(prompting.load_run(folder), args.clips, args.minutes, args.seed, how)
     if Path("/proc/self/status").exists():  # Linux
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             steps = args.steps or prompting.Settings().steps
-            figures["a minute"]["cost"] = pool.apply(cost_of, (folder, steps))
+            figures["a minute"]["cost"] = pool.submit(cost_of, folder, steps).result()
     print(table(figures))
     return folder, figures, page

@@ -8,6 +8,7 @@ from data import Clip, World, hashed_uniform
 from language import Language, asked
 from training.items import Items
 from training.loop import STOP
+from training.processes import rank
 from training.recaption import Wanted, read_lines, write_captions
 
 SHORT = 0.1  # share of the clips that keep their brief, so that short prompts work, too
@@ -56,7 +57,7 @@ def caption_items(language: Language, c, items: Items, words: list[Clip], scale:
 
     path = Path(c.folder, "captions.jsonl")
     written = write_captions(language, wanted, see, path, lambda: bool(STOP))
-    if written:
+    if written and rank() == 0:
         print(f"wrote {written} captions to {path}: read and edit them as you like", flush=True)
 
 
