@@ -9,8 +9,7 @@
 """
 
 import json
-import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter as AsIs
 
 from measure import bench, language, prompts, scaling, tasks
 from sample import Parser
@@ -19,44 +18,40 @@ COMMANDS = {
     "prompts": (prompts.main, "run ones=480 twos=120 seed=0 steps guidance no-expand"),
     "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
     "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
-    "scaling": (scaling.main, "run steps ones=160 out"),
+    "scaling": (scaling.main, "run steps ones=160 out train"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
 }
 FLAGS = {
-    "run": {"help": "a folder that train.py wrote (default: the newest)"},
+    "run": {"help": "a folder of train.py (default: the newest; scaling: a new one)"},
     "steps": {"type": int, "help": "of sampling; scaling: of the longest training"},
     "guidance": {"type": float, "help": "1: none (default: as sample.py)"},
     "no-expand": {"action": "store_true", "help": "take the short prompts as they are"},
     "against": {"metavar": "RUN", "help": "an equal run with --captions written, to compare with"},
-    "out": {"default": "out/scaling", "help": "a folder for runs and pictures"},
+    "out": {"default": "out/scaling"}, "train": {"nargs": "*", "help": "its flags, after --"},
 }
 
 
 def main() -> None:
-    how = {"formatter_class": RawDescriptionHelpFormatter}
-    parser = Parser("evaluate.py", description=__doc__, **how)
+    parser = Parser("evaluate.py", description=__doc__, formatter_class=AsIs)
     commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(COMMANDS))
     for name, (measure, flags) in COMMANDS.items():
-        about = measure.__doc__ or sys.modules[measure.__module__].__doc__
-        say = commands.add_parser(name, description=about, **how).add_argument
+        about = measure.__doc__ or measure.__globals__["__doc__"]  # of its file
+        say = commands.add_parser(name, description=about, formatter_class=AsIs).add_argument
         for flag, _, value in (flag.partition("=") for flag in flags.split()):
             number = {"type": int, "default": int(value or 0), "help": f"default: {value}"}
-            say(f"--{flag}", **FLAGS.get(flag, number))
-        if name == "scaling":
-            say("train", nargs="*", help="flags of train.py, behind --")
+            say("--" * (flag != "train") + flag, **FLAGS.get(flag, number))
     args = parser.parse_args()
     for name, value in vars(args).items():
-        least = int(name not in ("seed", "twos", "no_expand"))
-        if isinstance(value, int) and value < least:
-            parser.error(f"--{name} {value}: at least {least}")
+        if isinstance(value, int) and value < (least := name not in ("seed", "twos", "no_expand")):
+            parser.error(f"--{name} {value}: at least {least:d}")
     try:
         if made := COMMANDS[args.command][0](args):
-            folder, figures, page = made
-            (folder / f"{args.command}.json").write_text(json.dumps(figures, indent=2) + "\n")
+            path, figures, page = made[0] / args.command, *made[1:]
+            path.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
             if page:
-                page.save(folder / f"{args.command}.png")
-            print(f"wrote {args.command}.json{' and .png' * bool(page)} in {folder}")
+                page.save(path.with_suffix(".png"))
+            print(f"wrote {path}.json{' and .png' * bool(page)}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

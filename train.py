@@ -208,7 +208,7 @@ def check(c: Config) -> None:
 def make_world(c: Config) -> World:
     """The first process looks at new files; the others wait, and then find what it found."""
     try:
-        shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in c.shapes)
+        shapes = tuple((int(H), int(W)) for H, W in (shape.split("x") for shape in c.shapes))
     except ValueError:
         raise ValueError(f"--shapes {','.join(c.shapes)}: like 32x32,24x40") from None
     multiple = c.space_factor * c.patch
@@ -257,21 +257,24 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
     sizes = {image: world.sizes(every, image) for image in (False, True)}
     largest = int(sizes[False].prod(1).max())
 
-    def batch(step: int) -> list[tuple[Tensor, Tensor, float]]:
-        """Clips of one size, another one each step, in every eighth step images: a video's first
-        frame is an image to a causal VAE. A part is video, noise, and its share in the mean."""
-        image = step % 8 == 0
+    def make(step: int, part: int) -> tuple[Tensor, Tensor, float]:
+        """A part of a step: video, noise, and its share in the mean. The step's clips are of one
+        size, another one each step; in every eighth step images: a video's first frame is an image
+        to a causal VAE."""
+        image, mine = step % 8 == 0, slice(part, None, ranks() * c.accumulate)
         pick = batches.same_size(sizes[image], step, c.seed, c.vae_batch, largest)
-        grid, made = vae.grid(*sizes[image][pick[0]].tolist()), []
-        noise = torch.randn(len(pick), c.channels, *grid, generator=seeded(c.seed, 1, step))
-        for part in range(rank() * c.accumulate, (rank() + 1) * c.accumulate):
-            mine = slice(part, None, ranks() * c.accumulate)
-            clips = world.clips(every[pick[mine]], image)
-            here = [k for k, clip in enumerate(clips) if clip is not None]
-            video = torch.from_numpy(np.stack([clips[k].pixels for k in here]) if here else
-                                     np.zeros((0, world.colors, *sizes[image][pick[0]]), np.uint8))
-            made.append((video, noise[mine][here], len(here) / len(pick)))
-        return made
+        T, H, W = sizes[image][pick[0]].tolist()
+        noise = torch.randn(len(pick), c.channels, *vae.grid(T, H, W),
+                            generator=seeded(c.seed, 1, step))  # fmt: skip
+        clips = world.clips(every[pick[mine]], image)
+        here = [k for k, clip in enumerate(clips) if clip is not None]
+        blank = np.zeros((world.colors, T, H, W), np.uint8)  # its share is 0
+        video = torch.from_numpy(np.stack([clips[k].pixels for k in here] or [blank]))
+        return video, noise[mine][here or [0]], len(here) / len(pick)
+
+    def batch(step: int) -> list[tuple[Tensor, Tensor, float]]:
+        own = range(rank() * c.accumulate, (rank() + 1) * c.accumulate)
+        return [make(step, part) for part in own]
 
     def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
         video, noise, share = part
@@ -279,8 +282,10 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
         return mean * share, logs
 
     def measure(averaged: VAE) -> None:
-        parts = (batch(step)[0][0] for step in range(10**6 + 1, 10**6 + 8))
-        averaged.measure_statistics(to_float(video.to(device)) for video in parts)
+        """On all clips of some steps, so that every process finds the same."""
+        of, parts = range(10**6 + 1, 10**6 + 8), range(ranks() * c.accumulate)
+        videos = (make(step, part)[0] for step in of for part in parts)
+        averaged.measure_statistics(to_float(video.to(device)) for video in videos)
 
     def steps(first: int) -> Iterator[list]:
         yield from items.made_ahead(batch, range(first, c.vae_steps), c.workers * world.slow)

@@ -105,8 +105,8 @@ def is_kept(wanted: list[dict], caption: dict) -> bool:
 
 
 def score(said: dict | None, want: dict) -> dict[str, float]:
-    """The share of the digits of a clip of which each fact was said right; the number of digits and
-    of frames. The digits that were said are compared in the order that fits best."""
+    """The share of a clip's digits of which each fact was said right, compared in the order that
+    fits best; the number of digits and of frames."""
     told = said["digits"] if said else []
     scores = {"number": float(len(told) == len(want["digits"]))}
     scores["length"] = float(said is not None and said["frames"] == want["frames"])
@@ -182,8 +182,8 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, None]:
     world, i, figures = prompts.held_out(writer.world, seed=args.seed), np.arange(args.clips), {}
     clips = world.clips(i[i % 10 < 3], image=True) + world.clips(i[i % 10 >= 3])  # as in training
     if args.against:
-        compared = compare(folder, Path(args.against), args.ones, args.twos, args.seed)
-        figures["clips of prompts"] = compared
+        sizes = args.ones, args.twos, args.seed
+        figures["clips of prompts"] = compare(folder, Path(args.against), *sizes)
     for name, told in (("captioner", False), ("captioner, told", True)):
         figures[name] = measure_captioner(vae, writer, clips, told)
     figures["expander"] = measure_expander(writer, clips, world.config)

@@ -55,10 +55,10 @@ def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple
 
 
 def first_run(out: Path, args: argparse.Namespace) -> train.Config:
-    """Of a finished run, or of one whose VAE, items and captions are made here: all three share
-    them."""
+    """A finished run, or one whose VAE, items and captions are made here: all three share them."""
     if not args.run:
         c = train.parse([*args.train, "--steps", str(args.steps or 2000), "--out", f"{out}/shared"])
+        prompts.held_out({"config": {"kind": c.kind}})  # or it cannot be measured
         for stage in ("vae", "text" if c.captions == "recaptioned" else "items"):
             train.main(replace(c, stage=stage))
         return c

@@ -255,7 +255,9 @@ class Items:
             found = read_rows(path)
             if len(found):
                 rows.append(np.column_stack([found, np.full(len(found), len(self.shards))]))
-                self.shards.append(np.memmap(path.with_suffix(".bin"), np.float16, "r"))
+                numbers = path.with_suffix(".bin")
+                count = numbers.stat().st_size // 2  # half a number may be there, too
+                self.shards.append(np.memmap(numbers, np.float16, "r", shape=(count,)))
         rows = np.concatenate(rows)
         self.rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
 
