@@ -333,7 +333,7 @@ class Digits(World):
         said = [f"{article(k)} {k} moving {way}" for k, way in enumerate(ways)]
         said += ["a 3 moving up and an 8 moving right", "a 7 moving left and a 1 moving right"]
         longest, shapes = self.durations[::-1], self.shapes
-        shape = [shapes[-1 - k % 2 if k > 9 else k % len(shapes)] for k in range(12)]
+        shape = [shapes[(-1 - k % 2 if k > 9 else k) % len(shapes)] for k in range(12)]
         return [(x, (longest[k % len(longest)], *shape[k])) for k, x in enumerate(said[:n])]
 
     @staticmethod

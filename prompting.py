@@ -13,9 +13,10 @@ The network is shown the latents of the known frames, encoded with all others bl
     x      [N, Z, t, h, w]       noisy; latent frames that are known whole are at level 0 and stay
     given  [N, Z + ft, t, h, w]  what is known, and which of the ft frames of each latent are
 
-What is longer than the clips in training is made in windows. One that continues another takes over
-its last latents, a little noisy: its past was made by the model, and taken for clean, its mistakes
-would add up. Editing is SDEdit (Meng et al. 2021): start from the clip, noised, not from noise.
+A clip longer than those in training is made window by window. A window that continues another
+starts with its last latents, made a little noisy: the model made them, and if it took them for
+clean, their mistakes would add up. Editing is SDEdit (Meng et al. 2021): start from the noised clip
+instead of noise.
 
 Alphabet: N clips of one size; T, H, W in pixels; Z, t, h, w in latents; ft frames to a latent.
 
@@ -39,8 +40,8 @@ from dit import DiT, DiTConfig
 from language import NOTHING, Language, LanguageConfig, LanguageModel, Tokenizer
 from vae import VAE, VAEConfig, to_float, to_uint8
 
-CONTEXT = 0.4  # how noisy the latents are that a window takes over from the one before it
-LATER = 2.0  # guidance of such a window, at most: with more of it, digits wear out
+CONTEXT = 0.4  # the noise level of the latents that a window takes over from the one before it
+LATER = 2.0  # guidance of such a window, at most: with more, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 
 # ------------------------------------------------------------------------------------ a trained run
@@ -63,7 +64,7 @@ class Run:
 
 
 def find_weights(folder: str | Path, name: str) -> Path:
-    """The file of a network in a run's folder; its .pt, which may not exist, if there is none."""
+    """The file of a network in a run's folder; if there is none, the path its .pt would have."""
     paths = [Path(folder, name + suffix) for suffix in (".pt", ".safetensors")]
     return next((path for path in paths if path.is_file()), paths[0])
 
@@ -77,8 +78,8 @@ def newest_run(root: str | Path = "out", name: str = "dit") -> Path:
 
 
 def read_weights(path: str | Path, device: str | torch.device) -> dict:
-    """All that a file holds: {"ema": {name: tensor}}, and the rest by name. Nothing is unpickled
-    but tensors and plain values; a .safetensors file has these as JSON, under "sora"."""
+    """All that a file holds: {"ema": {name: tensor}}, and the rest by name. Only tensors and plain
+    values are unpickled. A .safetensors file has the plain values as JSON, under "sora"."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: train there first, or name another folder")
@@ -98,7 +99,7 @@ def read_weights(path: str | Path, device: str | torch.device) -> dict:
 
 
 def load_network(path: str | Path, network: type, config: type, device) -> tuple[nn.Module, dict]:
-    """The EMA weights of a file, in a network made for them; and all that the file holds."""
+    """A network with the EMA weights of a file, and all that the file holds."""
     saved = read_weights(path, device)
     try:
         made = network(config(**saved["model"])).to(device).eval().requires_grad_(False)
@@ -123,16 +124,15 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
     device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
     path, folder = (path, path.parent) if path.is_file() else (find_weights(path, "dit"), path)
     dit, saved = load_network(path, DiT, DiTConfig, device)
-    full = saved["config"]["captions"] == "recaptioned"  # else it takes prompts as they are
-    full &= find_weights(folder, "text").exists()
-    language = load_language(folder, device) if full else None
-    words, vae = Tokenizer(saved["words"]), load_vae(folder, device)
+    words, vae, language = Tokenizer(saved["words"]), load_vae(folder, device), None
+    if saved["config"]["captions"] == "recaptioned" and find_weights(folder, "text").is_file():
+        language = load_language(folder, device)
     return Run(vae, dit, words, saved["world"], saved["config"], language)
 
 
 def bf16(device: torch.device, cache: bool = True):
-    """Autocast to bfloat16 where the device computes with it; weights, EMA and loss stay float32.
-    cache: keep the bfloat16 copies of weights for when they are used again."""
+    """Autocast to bfloat16 where the device computes in it; weights, EMA and loss stay float32.
+    cache: keep the bfloat16 copies of weights for their next use."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported()
     else:  # AVX512 alone emulates it, three times slower than float32
@@ -163,7 +163,7 @@ class Task:
 
 
 def new(run: Run, size: tuple[int, int, int], prompt: str) -> Task:
-    """Text to a video of size (T, H, W), or to an image."""
+    """A video of size (T, H, W) from text, or an image (T = 1)."""
     clip = np.broadcast_to(np.uint8(0), (run.vae.config.colors, *size))  # takes no memory
     return Task(clip, np.zeros(size[0], bool), prompt)
 
@@ -180,7 +180,7 @@ def extend(clip: np.ndarray, n: int, prompt: str, backward: bool = False) -> Tas
 
 
 def loop(clip: np.ndarray, n: int, prompt: str) -> Task:
-    """A clip and n frames from its end back to its start, to be played in a circle."""
+    """A clip and n frames that lead from its end back to its start."""
     return replace(connect(clip, clip, n, prompt), frames=clip.shape[1] + n)
 
 
@@ -194,7 +194,7 @@ def connect(a: np.ndarray, b: np.ndarray, n: int, prompt: str, prompt_end=None) 
 
 
 def edit(clip: np.ndarray, strength: float, prompt: str) -> Task:
-    """SDEdit. strength: the share of the sampler's way from noise to clean that is gone again."""
+    """SDEdit. strength: the share of the sampler's steps from noise to clean that it takes."""
     return Task(clip, np.zeros(clip.shape[1], bool), prompt, strength=strength)
 
 
@@ -208,9 +208,9 @@ class Settings:
 
 
 def settings(task: Task) -> Settings:
-    """What worked best, by what is known. Known frames already show what the prompt says: with less
-    guidance, seams are smoother, and what is made is nearer to the truth. Fresh noise in each step
-    lets what was placed wrong still move."""
+    """The settings that worked best. Known frames already show what the prompt says: less guidance
+    makes seams smoother, and new frames truer. Fresh noise in each step lets a digit that was
+    placed wrong still move."""
     known = np.flatnonzero(task.known)
     if len(known) <= 1 or task.strength < 1:
         return Settings()
@@ -225,12 +225,12 @@ def settings(task: Task) -> Settings:
 class Window:
     """Frames of a task that are denoised together."""
 
-    first: int  # of its frames; those before frame 0 are there to fill a latent
-    known: np.ndarray  # bool [n]: which of the frames that its latents hold are known by then
-    made: tuple[int, int]  # from which frame of the task to which it makes
-    past: int = 0  # latents of the window before it that it starts with
+    first: int  # its first frame in the task; frames before 0 only fill a latent
+    known: np.ndarray  # bool [n]: which of the frames in its latents are known by then
+    made: tuple[int, int]  # the frames of the task that it makes: from, to
+    past: int = 0  # how many latents it takes over from the window before it
     start: int = 0  # the time of its first latent: 0 only for the start of a clip, as in training
-    part: int = 0  # whose random numbers; a window with a past goes on with those before it
+    part: int = 0  # added to the seed; a window with a past continues the random numbers before it
     turn: tuple[int, int] = (0, 1)  # the frames between which prompt turns into prompt_end
 
 
@@ -240,15 +240,15 @@ def trained_window(run: Run) -> int:
 
 
 def context(run: Run, L: int, most: int) -> int:
-    """How many of L known frames to show: as many as fill `most` latents after the first frame. The
-    more there are, the better motion is carried on. Of 2 to `ft` frames all, though they fill none:
-    one frame alone says nothing of motion."""
+    """How many of L known frames to show: the first fills a latent, and the others at most `most`.
+    More frames carry motion on better. Up to `ft` frames are all shown, though the others fill no
+    latent: one frame alone says nothing about motion."""
     return L if L <= run.ft else 1 + run.ft * max(0, min((L - 1) // run.ft, most))
 
 
 def room(run: Run, L: int, kind: str) -> int:
-    """How many new frames fit into one window; kind: new, or extend, backward, loop or connect L
-    known ones."""
+    """How many new frames fit into one window. kind: "new", or what is done with L known frames:
+    "extend", "backward", "loop" or "connect"."""
     most = trained_window(run)
     if kind in ("loop", "connect"):  # one less than fills latents, see `toward`
         return max(1, run.ft * max(1, most - most // 2 - 1) - 1)
@@ -273,13 +273,12 @@ def onward(run: Run, lo: int, hi: int, part: int) -> list[Window]:
 
 
 def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
-    """Frames lo to hi, before L known ones.
+    """Frames lo to hi, before L known ones, window by window into the past.
 
-    Window by window into the past, in pixels, since the latents of what is known would look into
-    what comes before. One of the known frames lies in a latent that is made: the VAE decodes from
-    the past, so that what follows a latent does nothing for its frames. Where frames before `lo`
-    are known, too, what one window cannot hold is added to both ends, half to each; the last window
-    is then one from later on, as in training."""
+    Each window encodes the pixels of known frames again: their latents would depend on what comes
+    before. One known frame lies in a latent that is made, since the VAE decodes a latent's frames
+    from the past alone. If frames before `lo` are known, too, and one window is too short, both
+    ends are extended first, by half of the rest each, and one more window connects them."""
     ft, most = run.ft, trained_window(run)
     spare = max(0, hi - lo - room(run, L, "connect")) if lo else hi
     a, b = (lo + spare - spare // 2, hi - spare // 2) if lo else (0, 0)
@@ -292,7 +291,7 @@ def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
         L, hi, back = L + hi - at, at, back + 2**32
     if b > a:
         shown = context(run, a, most // 2 - 1)
-        # As many frames as end a latent, and at least a latent of them, if there are.
+        # The known frames end a latent, and fill at least one, if there are enough.
         odd = (1 - shown - (b - a)) % ft
         after = next((n for n in (ft + odd, odd) if 0 < n <= L), min(ft, L))
         frame = np.arange(a - shown, b + after + -(shown + b - a + after - 1) % ft)
@@ -302,8 +301,8 @@ def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
 
 
 def windows(task: Task, run: Run) -> list[Window]:
-    """What is made in which order: each gap by itself, but all at once if several of them fit into
-    one window. ValueError says which sizes are possible."""
+    """The windows of a task in order: gap by gap, or a single one if several gaps fit into it.
+    ValueError says which sizes are possible."""
     T, H, W = task.clip.shape[1:]
     sides = run.vae.config.space_factor * run.config["patch"]
     if H % sides or W % sides or not H * W:
@@ -328,16 +327,16 @@ def windows(task: Task, run: Run) -> list[Window]:
 
 
 def video_of(run: Run, clips, first: int, n: int) -> Tensor:
-    """n frames of clips [C, T, H, W]: [N, C, n, H, W]. Beyond its ends, a clip stands still."""
+    """n frames of clips [C, T, H, W]: [N, C, n, H, W]. A clip stands still beyond its ends."""
     frames = np.arange(first, first + n)
     clips = [clip[:, frames.clip(0, clip.shape[1] - 1)] for clip in clips]
     return to_float(clips).to(run.device)
 
 
 def noisy_past(latent: Tensor, count: int, level: float | Tensor, eps: Tensor, ft: int) -> Tensor:
-    """What the network is shown of a window's past, the first `count` frames of latent
-    [N, Z, t, h, w]: [N, Z + ft, t, h, w], as `VAE.encode_known` does, but noised to `level`. So it
-    is in training, where the past is at this level in the noisy clip, too, with other noise."""
+    """The `given` of a window's past, the first `count` frames of latent [N, Z, t, h, w]: as from
+    `VAE.encode_known`, [N, Z + ft, t, h, w], but noised to `level`. In the noisy clip, the past is
+    at this level, too, but with other noise; training does the same."""
     past = torch.arange(latent.shape[2], device=latent.device) < count  # [t]
     mask = past.to(latent)[:, None, None].expand(len(latent), ft, -1, *latent.shape[3:])
     level = torch.as_tensor(level, dtype=latent.dtype, device=latent.device)
@@ -345,10 +344,10 @@ def noisy_past(latent: Tensor, count: int, level: float | Tensor, eps: Tensor, f
 
 
 def level_table(steps: int, level: Tensor, fixed: Tensor, ratio: float) -> Tensor:
-    """Levels that fall from `level` [t] to 0, but where `fixed` [t]: [steps + 1, 1, t, 1, 1].
+    """Levels that fall from `level` [t] to 0, except where `fixed` [t]: [steps + 1, 1, t, 1, 1].
 
-    ratio: of the number of patches to that in training. The more there are, the less the same noise
-    hides, and what a clip shows is decided at higher levels: see `diffusion.shift_level`."""
+    ratio: how many times as many patches as in training. With more patches, the same noise hides
+    less, so a clip's content is decided at higher levels: see `diffusion.shift_level`."""
     falling = diffusion.straight_levels(steps, diffusion.shift_level(level, 1 / ratio))  # [.., t]
     falling = diffusion.shift_level(falling, ratio)
     falling[0], falling[-1] = level, 0.0  # to the last bit
@@ -357,7 +356,7 @@ def level_table(steps: int, level: Tensor, fixed: Tensor, ratio: float) -> Tenso
 
 @dataclass
 class Batch:
-    """Tasks that are done together, and what is known and made of them so far."""
+    """Tasks that are done together, and their frames so far."""
 
     run: Run
     tasks: list[Task]
@@ -365,7 +364,7 @@ class Batch:
     video: np.ndarray  # uint8 [N, C, K, H, W], up to the last known frame
 
     def actions(self, window: Window) -> list[Tensor] | None:
-        """Of each clip [t, ft], if the network knows any."""
+        """Those of a window, [t, ft] for each clip; None if the network knows no actions."""
         if not self.run.dit.config.actions:
             return None
         ft, at = self.run.ft, self.run.ft + window.first
@@ -374,8 +373,8 @@ class Batch:
         return [patches.latent_actions(x, ft) for x in done]
 
     def packed(self, texts: list[list[int]], actions, given: Tensor, start: int) -> Callable:
-        """A callable for `diffusion.sample` over latents x [N, Z, t, h, w], a clip a row. level
-        broadcasts as [N or 1, 1, t or 1, 1, 1]; given: what is known."""
+        """The DiT as a callable for `diffusion.sample`, with one clip in each row: x
+        [N, Z, t, h, w], level [N or 1, 1, t or 1, 1, 1]. given: what is known."""
         run, p, N, Z = self.run, self.run.config["patch"], len(given), given.shape[1] - self.run.ft
         L = max(map(len, texts)) + patches.token_count(given.shape[2:], p)
         rows, starts = [[k] for k in range(N)], [start] * N
@@ -394,8 +393,8 @@ class Batch:
         return denoise
 
     def denoiser(self, window: Window, given: Tensor) -> Callable:
-        """With the prompts of a window, or a mixture where one turns into the other, and guidance.
-        A prompt says how a clip starts: of that, later windows are told what lasts."""
+        """With guidance, and a mixture of both prompts where one turns into the other. A prompt
+        says how a clip starts; later windows are conditioned only on what lasts."""
         run, later, actions = self.run, window.past > 0, self.actions(window)
         said = [map(run.lasting, x.prompts) if later else x.prompts for x in self.tasks]
         first, last = zip(*(map(run.tokenizer.encode, both) for both in said), strict=True)
@@ -416,8 +415,8 @@ class Batch:
         return diffusion.guided(denoise, nothing, guidance)
 
     def denoise(self, window: Window, generators: list, past: Tensor | None, source) -> Tensor:
-        """From noise to the clean latents of a window [N, Z, t, h, w]. past: latents that it starts
-        with; source: the latents of what is edited, if anything. Known ones stay bit for bit."""
+        """From noise to the clean latents of a window [N, Z, t, h, w]. past: the latents that it
+        takes over; source: those of the clip that is edited. Known latents stay bit for bit."""
         run, vae, n, k = self.run, self.run.vae.config, len(window.known), window.past
         t, h, w = -(-n // run.ft), *(side // vae.space_factor for side in self.video.shape[3:])
 
@@ -458,8 +457,8 @@ def complete(
     run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
 ) -> Iterator[np.ndarray]:
     """Tasks of one size, mask and strength, a seed each -> uint8 [N, C, n, H, W] ..., in order: all
-    frames of the clips, the known ones bit for bit. What follows the last known frame comes as it
-    is made, in memory that does not grow. A clip depends on its own task and seed alone."""
+    frames of the clips, the known ones bit for bit. Frames after the last known one come as they
+    are made, in memory that does not grow. A clip depends only on its own task and seed."""
     kinds = {(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}
     if len(kinds) != 1 or len(tasks) != len(seeds):
         raise ValueError("a batch has tasks of one size, mask and strength, and a seed for each")
@@ -470,7 +469,7 @@ def complete(
         plan, K = [], T
     batch = Batch(run, tasks, how or settings(task), np.stack([x.clip[:, :K] for x in tasks]))
     for window in plan:
-        if not window.past:  # else it goes on, and so do its random numbers and the decoder
+        if not window.past:  # else the decoder and the random numbers go on
             at, cache, latent = window.first, None, None
             generators = [torch.Generator().manual_seed(seed + window.part) for seed in seeds]
             if task.strength < 1:
@@ -498,7 +497,7 @@ def complete(
 def finished(
     run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
 ) -> list[np.ndarray]:
-    """What `complete` makes, put together: a clip uint8 [C, T, H, W] of each task."""
+    """The same, put together: a clip uint8 [C, T, H, W] for each task."""
     return list(np.concatenate(list(complete(run, tasks, seeds, how)), axis=2))
 
 
@@ -506,8 +505,8 @@ def finished(
 
 
 def read_part(run: Run, clips: list[np.ndarray], last: bool) -> list[Tensor] | None:
-    """What the language model sees of known frames: latents [Z, n, h, w] of as many of the first or
-    last as fill them. None if there are none, or if they are larger than what it has learned."""
+    """The part of known clips that the language model sees: latents [Z, n, h, w] of the first or
+    last frames, as many as in training. None if there are none, or if frames are larger."""
     L, H, W = clips[0].shape[1:]
     if not L or max(H, W) > max(map(max, run.world["shapes"])):
         return None
@@ -517,9 +516,9 @@ def read_part(run: Run, clips: list[np.ndarray], last: bool) -> list[Tensor] | N
 
 @torch.no_grad()
 def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
-    """Short prompts as the full captions that the DiT was trained on, if it was; they agree with
-    what is known. A full caption says how a clip starts: if the first window does not start with
-    the clip, only what lasts is said, as seen in the known frames beside what is made."""
+    """Tasks with full captions for short prompts, if the DiT learned from those. A full caption
+    says how a clip starts, and agrees with the known frames. If the first window does not start
+    with the clip, the caption says only what lasts, as seen in the known frames beside the gap."""
     task, plan = tasks[0], windows(tasks[0], run)
     if not run.language or not run.world["briefs"] or not plan:
         return list(tasks)
@@ -537,7 +536,7 @@ def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
             prompts = run.language.expand(prompts, size, seeds, part, later=True)
         return list(map(run.lasting, prompts))
 
-    first = told([x.prompts[0] for x in tasks], sees, lo > 0 and not begins)
+    first = told([x.prompt for x in tasks], sees, lo > 0 and not begins)
     made = [replace(x, prompt=said) for x, said in zip(tasks, first, strict=True)]
     if any(x.prompt_end is not None for x in tasks):
         sees = slice(hi, follow) if follow > hi else sees

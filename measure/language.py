@@ -1,9 +1,8 @@
 """Are captions and expanded prompts true? Read from the facts in their sentences.
 
 The problem. A caption is right or wrong in each of its facts, and looking at a few says nothing of
-their share. An expanded prompt cannot be right or wrong, as there is no clip yet. But it has to say
-what the prompt said, and what it adds must be possible: a slow digit does not bounce twice in nine
-frames.
+their share. An expanded prompt has no clip yet. But it has to say what the prompt said, and what it
+adds must be possible: a slow digit does not bounce twice in nine frames.
 
 The idea. The captions of data.py are a small language. Read it back into facts; compare them with
 those of the clip; and for the expander, look whether the world has any place where a digit could
@@ -68,8 +67,8 @@ def starts(fact: dict, size: tuple[int, int, int], config: data.WorldConfig) -> 
     room = np.array(sides) - config.digit
     place = np.stack(np.meshgrid(*map(np.arange, room + 1), indexing="ij"), -1).reshape(-1, 2)
     good = np.array([data.region(p, room) == fact["region"] for p in place])
-    if fact["direction"] is None:
-        return place[good]
+    if fact["direction"] not in data.DIRECTIONS:  # a model may say anything
+        return place[good & (fact["direction"] is None)]
     way = np.array(data.DIRECTIONS[fact["direction"]])
     axis = int(np.flatnonzero(way)[0])
     ahead = room[axis] - place[:, axis] if way[axis] > 0 else place[:, axis]

@@ -66,6 +66,7 @@ def first_run(out: Path, args: argparse.Namespace) -> train.Config:
         raise ValueError("--run is trained already: leave --steps and flags of train.py out")
     saved = prompting.read_weights(prompting.find_weights(args.run, "dit"), "cpu")
     c = replace(train.Config(**saved["config"]), out=args.run)
+    prompts.held_out(saved["world"])
     if saved["step"] < c.steps:
         raise ValueError(f"{args.run} has done {saved['step']} of {c.steps} steps: finish it first")
     return c

@@ -1,8 +1,7 @@
 """What a training costs, before it starts: parameters, work, memory, and time on a named GPU.
 
-A run that turns out too large after a week is a week lost. All of it is counting, on networks
-without numbers (PyTorch's meta device). A clip of n tokens costs, in a transformer of width d and
-depth D (Kaplan et al. 2020, section 2.1):
+All of it is counting, on networks without numbers (PyTorch's meta device). A clip of n tokens
+costs, in a transformer of width d and depth D (Kaplan et al. 2020, section 2.1):
 
     linear maps     6 for each weight and each thing it is applied to: 2 forward, 4 backward
     attention       12 n^2 d D, which is more than all else once n > 6 d
@@ -25,8 +24,7 @@ GPUS = {"4090": (165, 24), "l40s": (362, 48), "a100": (312, 80), "h100": (989, 8
 REACHED = 0.4  # the share of the peak that is left for what is counted; good trainings report this
 
 # Bytes that a block keeps for its backward pass, for each token and unit of width, in bfloat16 on a
-# GPU: 28 numbers of 2 bytes; 6, its input and norms, of 4. On a CPU, attention over masked rows
-# keeps its scores as well: heads x L x L for each row.
+# GPU. (On a CPU, attention over masked rows also keeps its scores, heads x L x L for each row.)
 KEPT = 28 * 2 + 6 * 4 + 6
 
 
@@ -55,8 +53,8 @@ def step_flops(dit: DiT, lengths: list[int], words: int, frames: int) -> tuple[f
 def memory(dit: DiT, tokens: int, recompute: bool = False, shards: int = 1) -> dict[str, float]:
     """Bytes on each GPU. tokens: of one part of a step, padding too. Weights, gradients, EMA and
     optimizers are float32: Muon has one number for each weight, AdamW two."""
-    depth, count = dit.config.depth, sum(w.numel() for w in dit.parameters())
-    block = sum(w.numel() for w in dit.blocks[0].parameters())
+    depth = dit.config.depth
+    count, block = (sum(w.numel() for w in x.parameters()) for x in (dit, dit.blocks[0]))
     muon = sum(w.numel() for name, w in dit.blocks.named_parameters()
                if w.ndim == 2 and "modulation" not in name)  # fmt: skip
     each = 4 * depth + KEPT if recompute else KEPT * depth  # each block's input, and one block
