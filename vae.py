@@ -3,27 +3,25 @@
 The problem. A second of video is a million numbers, most of them predictable from their neighbours.
 The diffusion transformer should spend its tokens on what happens, not on pixels.
 
-The idea. An encoder makes a small latent grid of the video, a decoder makes the video from the grid
-(Kingma and Welling 2014, "Auto-encoding variational Bayes"; for video, the report's "video
-compression network"). Here one latent vector of Z numbers stands for a block of ft frames x fs x fs
-pixels:
+The idea. An encoder turns the video into a small latent grid, a decoder turns the grid into video
+(Kingma and Welling 2014, "Auto-encoding variational Bayes"; the report's "video compression
+network"). One latent vector of Z numbers stands for a block of ft frames x fs x fs pixels:
 
     video  [B, C, T, H, W]      T = 1 + ft (t - 1),  H = fs h,  W = fs w
     latent [B, Z, t, h, w]      latent 0 is frame 0 alone, latent j is frames ft (j-1) + 1 .. ft j
 
 *Causal*: a latent frame depends on its own pixels and on the past, never on the future. A
-convolution in time pads on the left only, and what it pads with is the first frame again. That buys
+convolution in time pads on the left only, with the first frame repeated. That buys
 
-  * images: T = 1 is nothing special, it is a video that has not gone on yet;
+  * images: T = 1 is nothing special, only a video that stops after its first frame;
   * streaming: a convolution's last two inputs are all that the next chunk needs, so a long video is
     encoded and decoded piece by piece, equal to doing it whole, in memory that does not grow;
   * for the same reason no norm may pool over frames: RMS norm over channels, not group norm.
 
 The network works on the latent grid only: a linear map reads each block of pixels, causal
-convolutions look at the neighbouring blocks, a linear map writes the block. Both halves also have a
-purely linear path around the convolutions (a learned PCA), which is good after seconds of training
-and leaves the convolutions only what is not linear. Big VAEs (Wan 2.1, CogVideoX) convolve at full
-resolution first; that costs many times more, and buys textures that moving digits don't have.
+convolutions see the neighbouring blocks, a linear map writes the block. A linear path around the
+convolutions (a learned PCA) is good after seconds of training. Big VAEs (Wan 2.1, CogVideoX)
+convolve at full resolution first: many times the cost, for textures that moving digits don't have.
 
 Alphabet: capitals are pixels (B, C, T, H, W), small letters the latent grid (Z channels, t, h, w).
 
@@ -37,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -50,24 +48,24 @@ class VAEConfig:
     width: int = 64
     encoder_depth: int = 2
     decoder_depth: int = 3
-    kl: float = 1e-3  # weight of the KL term; small: diffusion only needs roughly unit latents
+    kl: float = 1e-3  # weight of the KL term; small, since latents are standardised anyway
 
 
 # ------------------------------------------------------------------------------- pixels <-> blocks
 
 
 def to_float(clips: np.ndarray | list[np.ndarray]) -> Tensor:
-    """uint8 0 ... 255 -> [-1, 1]; a list of clips of one size is stacked."""
+    """uint8 0 ... 255 -> [-1, 1]. A list of clips of one size is stacked."""
     return torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """[-1, 1] float -> 0 ... 255."""
+    """[-1, 1] -> uint8 0 ... 255."""
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def to_blocks(video: Tensor, ft: int, fs: int) -> Tensor:
-    """video [B, C, ft t, fs h, fs w] -> [B, C ft fs fs, t, h, w]: a block of pixels a vector."""
+    """video [B, C, ft t, fs h, fs w] -> [B, C ft fs fs, t, h, w]: each block of pixels a vector."""
     B, C, T, H, W = video.shape
     x = video.reshape(B, C, T // ft, ft, H // fs, fs, W // fs, fs)
     x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # [B, C, ft, fs, fs, t, h, w]
@@ -86,13 +84,12 @@ def from_blocks(blocks: Tensor, ft: int, fs: int) -> Tensor:
 
 
 class Conv(nn.Module):
-    """A convolution over [B, D, t, h, w] that sees rows and columns around it, and the past."""
+    """A convolution over [B, D, t, h, w]: padded in rows and columns, not in time."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int]):
         super().__init__()
         self.kernel = kernel
-        fan_in = inputs * math.prod(kernel)
-        # Kept as a matrix, since that is what it is to an optimizer such as Muon.
+        fan_in = inputs * math.prod(kernel)  # a matrix, for optimizers such as Muon
         self.weight = nn.Parameter(torch.randn(outputs, fan_in) * fan_in**-0.5)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
@@ -103,11 +100,9 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """x + what a convolution in space, one in time and a pointwise map make of it.
-
-    A 3 x 3 x 3 convolution in two steps, 1 x 3 x 3 and 3 x 1 x 1 (Tran et al. 2018, "R(2+1)D"): a
-    third of the work, and a non-linearity between them.
-    """
+    """A residual block: convolution in space, convolution in time, pointwise map. A 3 x 3 x 3
+    convolution in two steps, 1 x 3 x 3 and 3 x 1 x 1, is a third of the work and has a
+    non-linearity in between (Tran et al. 2018, "R(2+1)D")."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -119,19 +114,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, D, t, h, w], past [B, D, 2, h, w] (None at the start) -> the same, next past."""
         h = F.gelu(self.space(rms_norm(x) * self.norm))  # [B, D, t, h, w]
-        if past is None:
-            past = h[:, :, :1].expand(-1, -1, 2, -1, -1)  # before the first frame: itself
+        past = h[:, :, :1].expand(-1, -1, 2, -1, -1) if past is None else past
         h = torch.cat([past, h], dim=2)  # [B, D, 2 + t, h, w]
         return x + self.out(F.gelu(self.time(h))), h[:, :, -2:]
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Over channels only: every position of every frame is normalised alone."""
+    """Over channels only: each position of each frame is normalised alone."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
 
 
 class Half(nn.Module):
-    """Encoder or decoder: linear in, causal blocks, linear out, and a linear path around it all."""
+    """Encoder or decoder: linear in, causal blocks, linear out, and a linear path around them."""
 
     def __init__(self, inputs: int, width: int, depth: int, outputs: int):
         super().__init__()
@@ -143,16 +137,15 @@ class Half(nn.Module):
 
     def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
         """x [B, inputs, t, h, w] -> [B, outputs, t, h, w], and the cache for the next chunk."""
-        cache = cache or [None] * len(self.blocks)
-        h = self.read(x)
-        for i, block in enumerate(self.blocks):
-            h, past = block(h, cache[i])
-            cache = cache[:i] + [past] + cache[i + 1 :]
-        return self.around(x) + self.write(rms_norm(h)), cache
+        h, after = self.read(x), []
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            h, past = block(h, past)
+            after.append(past)
+        return self.around(x) + self.write(rms_norm(h)), after
 
 
 class VAE(nn.Module):
-    """Pixels to standardised latents and back. `mean` and `std` are saved with the VAE."""
+    """Pixels to standardised latents and back. `mean` and `std` are saved with the weights."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -164,22 +157,18 @@ class VAE(nn.Module):
         self.register_buffer("std", torch.ones(c.channels, 1, 1, 1))
 
     def grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
-        """The latent grid (t, h, w) of a video's size. ValueError says what sizes would do."""
+        """The latent grid (t, h, w) of a video's size. ValueError says which sizes are possible."""
         ft, fs = self.config.time_factor, self.config.space_factor
         if (T - 1) % ft or T < 1:
-            raise ValueError(
-                f"{T} frames: the VAE takes 1 + {ft} k frames (1, {1 + ft}, {1 + 2 * ft}, ...)"
-            )
+            raise ValueError(f"{T} frames: the VAE takes 1 + {ft} k frames (1, {1 + ft}, ...)")
         if H % fs or W % fs or min(H, W) < fs:
             raise ValueError(f"{H} x {W} pixels: the VAE takes multiples of {fs} pixels")
         return 1 + (T - 1) // ft, H // fs, W // fs
 
-    # Encoding: a posterior N(mu, sigma^2) for each latent number.
-
     def posterior(self, video: Tensor, cache: list | None = None) -> tuple[Tensor, Tensor, list]:
         """video [B, C, T, H, W] in [-1, 1] -> mu, log sigma^2 [B, Z, t, h, w], and the cache."""
         ft, fs = self.config.time_factor, self.config.space_factor
-        if cache is None:  # frame 0 gets a block of its own: itself, ft times
+        if cache is None:  # frame 0 gets a block of its own, which holds it ft times
             self.grid(*video.shape[2:])
             video = torch.cat([video[:, :, :1].expand(-1, -1, ft - 1, -1, -1), video], dim=2)
         elif video.shape[2] % ft:
@@ -193,19 +182,18 @@ class VAE(nn.Module):
         return (self.posterior(video)[0] - self.mean) / self.std
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Encode a video that comes in chunks: the first of 1 + ft k frames, later ones of ft k."""
+        """Encode a video that arrives in chunks: the first of 1 + ft k frames, others of ft k."""
         cache = None
         for chunk in chunks:
             mu, _, cache = self.posterior(chunk, cache)
             yield (mu - self.mean) / self.std
 
     def encode_known(self, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is shown of known frames: video [B, C, T, H, W], known [B, T] bool ->
-
-        given [B, Z + ft, t, h, w]: latents of the video with all unknown frames black, and a mask:
-        which of the ft frames of each latent are known (latent 0 has but one, which fills all);
-        whole [B, t] bool: latent frames all of whose frames are known.
-        """
+        """What a network is shown of the known frames: video [B, C, T, H, W], known [B, T] bool ->
+        given [B, Z + ft, t, h, w]: latents, and a mask of which of the ft frames of each latent are
+        known (latent 0 holds one frame, which fills its ft places); whole [B, t] bool: latents of
+        which all frames are known. Unknown frames are black: latents of a known *ending*, cut from
+        the whole clip, contain its past, and a network would learn to read the answer there."""
         ft = self.config.time_factor
         latent = self.encode(torch.where(known[:, None, :, None, None], video, -1.0))
         frames = torch.cat([known[:, :1].expand(-1, ft - 1), known], dim=1)  # [B, ft t]
@@ -213,15 +201,12 @@ class VAE(nn.Module):
         mask = frames[..., None, None].expand(-1, -1, -1, *latent.shape[3:]).to(latent)
         return torch.cat([latent * mask.amax(1, keepdim=True), mask], dim=1), frames.all(1)
 
-    # Decoding: squared error makes the decoder's output the expected video.
-
     def reconstruct(self, z: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
-        """unstandardised z [B, Z, t, h, w] -> video [B, C, T, H, W], not clipped, and the cache."""
+        """z [B, Z, t, h, w], not standardised -> video [B, C, T, H, W], not clipped, and cache."""
         ft, fs = self.config.time_factor, self.config.space_factor
-        first = cache is None
-        blocks, cache = self.decoder(z, cache)
+        blocks, after = self.decoder(z, cache)
         video = from_blocks(blocks, ft, fs)  # [B, C, ft t, H, W]
-        return (video[:, :, ft - 1 :] if first else video), cache
+        return video[:, :, ft - 1 :] if cache is None else video, after
 
     def decode(self, latent: Tensor) -> Tensor:
         """standardised latent [B, Z, t, h, w] -> video [B, C, T, H, W] in [-1, 1]."""
@@ -234,17 +219,9 @@ class VAE(nn.Module):
             video, cache = self.reconstruct(chunk * self.std + self.mean, cache)
             yield video.clamp(-1, 1)
 
-    # Training.
-
-    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-        return self.loss(video, noise)  # what a wrapper such as DDP calls
-
     def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Kingma and Welling 2014, equation 10, with a Gaussian decoder: squared error + KL.
-
-        Squared, not absolute: most pixels are black, and the median of every pixel is black.
-        noise: standard normal, [B, Z, t, h, w] (handed in: a step is a function of its seed).
-        """
+        Squared, not absolute: the median of every pixel is black. noise: N(0, 1), like z."""
         mu, log_var, _ = self.posterior(video)
         z = mu + (0.5 * log_var).exp() * noise
         error = (self.reconstruct(z)[0] - video).float().square().mean()
@@ -252,11 +229,13 @@ class VAE(nn.Module):
         psnr = 10 * torch.log10(4 / error.detach())  # peak to peak is 2
         return error + self.config.kl * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
+    forward = loss  # wrappers such as DDP call it
+
     @torch.no_grad()
     def measure_statistics(self, videos: Iterable[Tensor]) -> None:
-        """Set `mean` and `std` of each channel, from the latents of some training videos."""
-        mu = [self.posterior(v)[0].transpose(0, 1).flatten(1) for v in videos]  # [Z, numbers] each
-        mu = torch.cat(mu, dim=1).double()
+        """Set `mean` and `std` of each channel from some training videos."""
+        mu = [self.posterior(video)[0].transpose(0, 1).flatten(1) for video in videos]
+        mu = torch.cat(mu, dim=1).double()  # [Z, numbers]
         self.mean.copy_(mu.mean(1).view(-1, 1, 1, 1))
         self.std.copy_(mu.std(1).clamp(min=1e-6).view(-1, 1, 1, 1))
 
@@ -266,9 +245,8 @@ class VAE(nn.Module):
 
 def bouncing_squares(B: int, T: int, size: int) -> Tensor:
     """Bright squares of 7 x 7 that bounce on a black canvas: [B, 1, T, size, size] in [-1, 1]."""
-    room = size - 7
-    start, velocity = torch.randint(room, (B, 2, 1)), torch.randint(-2, 3, (B, 2, 1))
-    straight = (start + velocity * torch.arange(T)) % (2 * room)
+    room, velocity = size - 7, torch.randint(-2, 3, (B, 2, 1))
+    straight = (torch.randint(room, (B, 2, 1)) + velocity * torch.arange(T)) % (2 * room)
     corner = torch.minimum(straight, 2 * room - straight)[..., None]  # [B, 2, T, 1]
     inside = (torch.arange(size) >= corner) & (torch.arange(size) < corner + 7)  # [B, 2, T, size]
     video = inside[:, 0, :, :, None] & inside[:, 1, :, None, :]  # [B, T, size, size]
@@ -276,49 +254,36 @@ def bouncing_squares(B: int, T: int, size: int) -> Tensor:
 
 
 def draw(video: Tensor, decoded: Tensor, latent: Tensor) -> Image.Image:
-    """Three videos, a row of frames each: itself, decoded, and under each frame its latent."""
-    blocks = (latent[:, :1] / 4).repeat_interleave(4, 2)[:, :, 3:]  # [3, 1, T, h, w]
-    blocks = blocks.repeat_interleave(4, 3).repeat_interleave(4, 4)  # [3, 1, T, H, W]
-    rows = torch.stack([video, decoded, blocks], dim=1)[:, :, 0]  # [3, 3, T, H, W]
-    sheet = F.pad(rows, (1, 1, 1, 1)).permute(0, 1, 3, 2, 4).flatten(3).flatten(0, 2)
-    gray = Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().numpy())
-    picture = Image.new("L", (2 * gray.width + 80, 2 * gray.height), 24)
-    picture.paste(gray.resize((2 * gray.width, 2 * gray.height), Image.NEAREST), (80, 0))
-    pen, row = ImageDraw.Draw(picture), picture.height // 9
-    for k in range(9):
-        name = ("video", "decoded", "1 of its latent\nchannels")[k % 3]
-        pen.text((4, row * k + 12), name, fill=255, font_size=10)
-    return picture
+    """Rows of frames: each video, the same decoded, and one channel of its latent."""
+    blocks = (latent[:, :1] / 4).repeat_interleave(4, 2)[:, :, 3:]  # [B, 1, T, h, w]
+    blocks = blocks.repeat_interleave(4, 3).repeat_interleave(4, 4)  # [B, 1, T, H, W]
+    rows = F.pad(torch.cat([video, decoded, blocks], dim=1), (1, 1, 1, 1))  # [B, 3, T, H, W]
+    picture = Image.fromarray(to_uint8(rows.transpose(2, 3).flatten(3).flatten(0, 2)))
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST)
 
 
 def main():
     torch.manual_seed(0)
-    vae, steps = VAE(VAEConfig(channels=8, width=32, encoder_depth=1, decoder_depth=2)), 300
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=8e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    for step in range(1, steps + 1):
-        video = bouncing_squares(8, 9, 24)  # [B, C, T, H, W]
-        loss, logs = vae.loss(video, torch.randn(8, vae.config.channels, *vae.grid(9, 24, 24)))
+    vae = VAE(VAEConfig(channels=8, width=32, encoder_depth=1, decoder_depth=2))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3)
+    for step in range(1, 301):
+        loss, logs = vae.loss(bouncing_squares(8, 9, 24), torch.randn(8, 8, *vae.grid(9, 24, 24)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         if step in (1, 10, 50, 100, 200, 300):
             print(f"step {step:3d}  loss {loss.item():.3f}  PSNR {logs['psnr']:4.1f} dB")
     vae.measure_statistics(bouncing_squares(8, 9, 24) for _ in range(4))
     with torch.no_grad():
-        video = bouncing_squares(3, 17, 24)  # longer than what it was trained on
+        video = bouncing_squares(3, 17, 24)  # longer than in training
         latent = vae.encode(video)
-        decoded = vae.decode(latent)
         parts = torch.cat(list(vae.encode_stream(video.split([1, 4, 12], dim=2))), dim=2)
-        apart = (vae.encode(video[:, :, :1]) - latent[:, :, :1]).abs().max()
-    shapes = [list(x.shape) for x in (video, latent, decoded)]
-    print("video {} -> latent {} -> video {}".format(*shapes))
-    print(f"{video.numel() / latent.numel():.1f} times fewer numbers")
-    print(f"streamed in 3 chunks: differs by {(parts - latent).abs().max():.0e} at most")
-    print(f"frame 0 alone, an image: differs from the first latent frame by {apart:.0e}")
-    draw(video, decoded, latent).save("vae_demo.png")
-    print("wrote vae_demo.png: three videos as they are, decoded, and one channel of the latents")
+        image = vae.encode(video[:, :, :1])  # frame 0 alone
+        draw(video, vae.decode(latent), latent).save("vae_demo.png")
+    print(f"video {list(video.shape)} -> latent {list(latent.shape)}")
+    print(f"encoded in 3 chunks: differs by {(parts - latent).abs().max():.0e}")
+    print(f"frame 0 as an image: differs by {(image - latent[:, :, :1]).abs().max():.0e}")
+    print("wrote vae_demo.png: each video above its decoding and one channel of its latent")
 
 
 if __name__ == "__main__":
