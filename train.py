@@ -222,8 +222,10 @@ def make_world(c: Config) -> World:
     if rank() == 0:
         barrier()
     numbers, vae = np.arange(len(world)), make_vae(c, world)
-    for size in np.unique(np.concatenate([world.sizes(numbers, x) for x in (False, True)]), axis=0):
-        if (count := patches.token_count(vae.grid(*size.tolist()), c.patch)) >= c.tokens:
+    sizes = np.concatenate([world.sizes(numbers, image) for image in (False, True)])
+    _, each = np.unique(sizes @ [2**40, 2**20, 1], return_index=True)  # rows take far longer
+    for size in sizes[each].tolist():
+        if (count := patches.token_count(vae.grid(*size), c.patch)) >= c.tokens:
             raise ValueError(
                 f"a clip of {' x '.join(map(str, size))} has {count} tokens, and --tokens is "
                 f"{c.tokens}: raise that, or lower --pixels or --durations"
