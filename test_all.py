@@ -24,7 +24,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -974,6 +974,8 @@ def test_frames_that_stream_are_those_of_the_whole(toy_run, watched, eta):
     task, how = prompting.new(toy_run, (62, 8, 16), SEVEN), prompting.Settings(2, 2.0, eta)
     calls = watched(prompting.Batch, "denoise")
     chunks = list(prompting.complete(toy_run, [task], [4], how))
+    for one, two in pairwise(calls):
+        assert torch.equal(two.past, one.result[:, :, -two.window.past :])
     latent = torch.cat([call.result[:, :, call.window.past :] for call in calls], dim=2)
     whole = to_uint8(toy_run.vae.decode(latent))[:, :, :62]
     off = np.concatenate(chunks, axis=2).astype(int) - whole
@@ -1039,6 +1041,13 @@ def test_prompts_are_expanded_beside_what_is_known(toy_run, watched):
             if seen is not None:
                 latent = toy_run.vae.encode(to_float(seen)[None])
                 assert torch.allclose(ask.part[0], latent[0], atol=1e-4)
+
+
+def test_settings_go_by_what_is_known():
+    tasks = [prompting.edit(noise_clip(5), 0.5, ""), prompting.animate(noise_clip(1), 5, "")]
+    found = [prompting.settings(task) for task in tasks + tasks_beside(noise_clip(5), 5)]
+    assert [how.guidance for how in found] == [4, 4, 2, 2, 1, 1]
+    assert [how.eta for how in found] == [0, 0, 1, 1, 1, 1]
 
 
 def test_noisy_past():
@@ -1211,20 +1220,20 @@ def meddled(stop=(), bad=()):
     return fit
 
 
-def learned(out: Path, stages=STAGES) -> dict:
-    """Weights, their averages, and logged losses."""
-    saved = {name: torch.load(out / f"{name}.pt", weights_only=True) for name in stages}
-    log = {(x["stage"], x["step"]): torch.tensor(x["loss"]) for x in checkpoints.read_log(out)}
-    return {key: x for key, x in log.items() if key[0] in stages} | {
-        (name, kind, key): x for name in stages for kind in ("weights", "ema")
-        for key, x in saved[name][kind].items()}  # fmt: skip
-
-
 def differing(a: Path, b: Path, stages=STAGES, tolerance: float = 0.0) -> list:
-    one, other = learned(a, stages), learned(b, stages)
-    assert one.keys() == other.keys()
+    """The weights, their averages and logged losses in which two runs differ."""
+    found = []
+    for out in (a, b):
+        log = [x for x in checkpoints.read_log(out) if x["stage"] in stages]
+        found.append({(x["stage"], x["step"]): torch.tensor(x["loss"]) for x in log})
+        for name in stages:
+            saved = torch.load(out / f"{name}.pt", weights_only=True)
+            found[-1] |= {(name, key): x for key, x in saved["weights"].items()}
+            found[-1] |= {(name, "ema", key): x for key, x in saved["ema"].items()}
+    assert found[0].keys() == found[1].keys()
+    one, other = found
     return [key for key, x in one.items()
-            if (x - other[key]).abs().max() > tolerance * max(1.0, x.abs().max())]  # fmt: skip
+            if not (x - other[key]).abs().max() <= tolerance * (1 + x.abs().max())]  # fmt: skip
 
 
 def same_items(a: Path, b: Path) -> bool:
@@ -1268,10 +1277,9 @@ def acting_run(tmp_path_factory) -> Path:
 
 
 def test_train_then_sample_as_a_user_does(user_run):
-    files = "config.json log.jsonl loss.png captions.jsonl gallery.gif samples items vae.pt text.pt"
-    files += " dit.pt dit.best-3.pt dit.best-6.pt"
+    files = "config.json log.jsonl loss.png captions.jsonl items vae.pt text.pt dit.pt samples " \
+            "gallery.gif dit.best-3.pt dit.best-6.pt"  # fmt: skip
     assert {x.name for x in user_run.iterdir()} == set(files.split())
-    assert Image.open(user_run / "gallery.gif").n_frames == 17
     assert os.listdir(user_run / "samples") == ["000006.gif"]
     line = [sys.executable, CODE / "sample.py", "--prompt", "a 7 moving left", "--steps", "2"]
     line += "--frames 9 --height 24 --width 40 --out seven.npy".split()
@@ -1293,8 +1301,8 @@ def test_stopped_anywhere_and_continued_is_uninterrupted_bit_for_bit(acting_run,
     def stopping(work):
         return lambda *args: (loop.STOP.append(1), work(*args))[1]
 
-    steps = [("vae", 2), (items, "encode"), ("text", 1), (Language, "caption"), ("dit", 1)]
-    for place in [*steps, ("dit", 4)]:
+    places = ("vae", 2), (items, "encode"), ("text", 1), (Language, "caption"), ("dit", 1)
+    for place in (*places, ("dit", 4)):
         with pytest.MonkeyPatch.context() as patch:
             if isinstance(place[0], str):
                 patch.setattr(train, "fit", meddled(stop=[place]))
@@ -1347,11 +1355,10 @@ def test_one_process_and_many_take_the_same_steps(tmp_path):
     """DDP, FSDP2, gradient accumulation, and going on with another number of processes: the same
     global batch is the same step. Each stage starts from the same files: a VAE that differs in its
     last bits would make other items, and a captioner other words."""
-    alone = "--rows 5 --vae-batch 4 --text-batch 4 --steps 5".split()
-    parts, one = [*alone, "--accumulate", "2"], tmp_path / "one"
+    alone, one = "--rows 5 --vae-batch 4 --text-batch 4 --steps 5".split(), tmp_path / "one"
+    parts, shard = [*alone, "--accumulate", "2"], ["--shard"]
+    ways = {"parts": parts, "two": alone, "sharded": parts + shard, "changed": alone + shard}
     train_acting(one, *alone)
-    ways = {"parts": parts, "two": alone, "sharded": [*parts, "--shard"],
-            "changed": [*alone, "--shard"]}  # fmt: skip
     for way in ways:
         names = BEFORE_DIT if way in ("sharded", "changed") else ("vae.pt", "captions.jsonl")
         copy_of(one, tmp_path / way, *names)
@@ -1403,7 +1410,7 @@ def test_bad_steps_are_skipped_but_three_in_a_row(acting_run, tmp_path, monkeypa
         train_acting(tmp_path, "--save-every", "2")
         assert checkpoints.read_log(tmp_path)[-1]["skipped"] == len(bad)
     assert torch.load(tmp_path / "dit.pt", weights_only=True)["step"] == last
-    assert all(x.isfinite().all() for x in learned(tmp_path).values())
+    assert not differing(tmp_path, tmp_path)  # NaN differs from itself
 
 
 def test_the_best_checkpoints_are_kept_and_survive_a_restart(acting_run, tmp_path, monkeypatch):
@@ -1421,14 +1428,11 @@ def test_the_best_checkpoints_are_kept_and_survive_a_restart(acting_run, tmp_pat
         train_acting(tmp_path, *flags)
     loop.STOP.clear()
     train_acting(tmp_path, *flags)
-    assert list(losses) == [2, 4, 6, 8, 10, 12]
     best = sorted(losses, key=losses.get)[:3]
-    names = {f"dit.best-{step}.pt" for step in best}
-    assert {path.name for path in tmp_path.glob("dit.best-*.pt")} == names
-    saved = torch.load(path := tmp_path / f"dit.best-{best[0]}.pt", weights_only=True)
-    assert (saved["step"], saved["held_back"]) == (best[0], losses[best[0]])
-    dit = prompting.load_run(path, "cpu").dit  # it can be sampled from
-    assert all(torch.equal(x, saved["ema"][name]) for name, x in dit.state_dict().items())
+    kept = {int(path.stem.split("-")[1]): path for path in tmp_path.glob("dit.best-*.pt")}
+    assert list(losses) == [2, 4, 6, 8, 10, 12] and kept.keys() == set(best)
+    assert prompting.read_weights(kept[best[0]], "cpu")["held_back"] == losses[best[0]]
+    assert prompting.load_run(kept[best[0]], "cpu").dit  # it can be sampled from
 
 
 @pytest.mark.parametrize("stage, kind", [("vae", ""), ("text", ".safetensors"), ("dit", ".pt")])
@@ -1438,9 +1442,9 @@ def test_training_starts_from_given_weights(acting_run, tmp_path, monkeypatch, s
     pytest.importorskip("safetensors")
     given = copy_of(acting_run, tmp_path / "given", "vae.pt", "text.pt", "dit.pt")
     train.main(train.parse(["--stage", "export", "--out", str(given)]))
-    saved = torch.load(given / f"{stage}.pt", weights_only=True)
-    for name in STAGES if kind != ".pt" else ():
-        (given / f"{name}.pt").unlink()
+    saved = prompting.read_weights(given / f"{stage}.pt", "cpu")
+    if kind != ".pt":
+        (given / f"{stage}.pt").unlink()
     new = copy_of(acting_run, tmp_path / "new", *() if stage == "vae" else BEFORE_DIT[:2])
     flags = ["--stage", stage, "--init-from", str(given / (stage + kind) if kind else given)]
     begun = {}
@@ -1466,7 +1470,6 @@ def test_training_starts_from_given_weights(acting_run, tmp_path, monkeypatch, s
     ("--digit 40", "a digit of 40 pixels does not fit"),
     ("--shapes 32,32", "--shapes 32,32: like 32x32,24x40"),
     ("--width 100 --heads 3", "--width 100 --heads 3: a multiple of 6"),
-    ("--captions none", "--captions none: recaptioned, written"),
     ("--shift 0", "--shift 0.0: above 0"),
     ("--rows 2 --accumulate 4", "--rows 2: at least 4: one for each of 4 parts"),
     ("--shard", "start them with torchrun"),
@@ -1478,24 +1481,21 @@ def test_training_starts_from_given_weights(acting_run, tmp_path, monkeypatch, s
     ("--stage vae --init-from RUN --vae-width 24", "vae.pt is not of this VAE: "),
     ("--init-from RUN/dit.pt", "of one network: --stage vae, text or dit"),
     ("--stage vae --init-from CODE/assets/digits.png", "digits.png is not a checkpoint of ours"),
-    ("--stage vae --init-from CODE", "no vae, text or dit is in that folder"),
     ("--stage export", "nothing to export in out/tiny: train there first"),
     ("--world nowhere", "nowhere: no such folder, nor a world of that name"),
     ("--data CODE/training", "no file of .mp4 .webm"),
     ("--data BAD", "captions.jsonl, line 2: each line is like"),
-    ("--data OTHER", "captions.jsonl names none of the 1 files that are there"),
     ("--data BROKEN", "none of its 1 files can be used"),
 ])  # fmt: skip
 def test_a_training_mistake_is_one_line(user_run, tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     copy_of(user_run, Path("RUN"), "vae.pt", "dit.pt")
-    for name in ("BEST", "BAD", "OTHER", "BROKEN"):
+    for name in ("BEST", "BAD", "BROKEN"):
         Path(name).mkdir()
-        Image.new("L", (40, 40)).save(f"{name}/a.png")
     shutil.copy(user_run / "dit.best-3.pt", "BEST/vae.pt")
-    Path("OTHER/captions.jsonl").write_text('{"file": "b.png", "caption": "b"}')
-    Path("BAD/captions.jsonl").write_text('{"file": "b.png", "caption": "b"}\n{"caption": "a"}')
+    Image.new("L", (40, 40)).save("BAD/a.png")
+    Path("BAD/captions.jsonl").write_text('{"file": "a.png", "caption": "a"}\n{"caption": "b"}')
     Path("BROKEN/a.png").write_bytes(b"no")
     with pytest.raises(SystemExit) as stopped:
         train.command(train.parse([*SMALL, *flags.replace("CODE", str(CODE)).split()]))
@@ -1593,9 +1593,6 @@ def test_items_are_what_training_would_make(acting):
         assert row["lasts"] == lasts
         kinds[image, row["given"], ahead > 0, row["later"] > 0] += 1
     assert kinds[True, 0, False, False] == 40 and len(kinds) == 5 and min(kinds.values()) > 1
-    ends = [items.draw_plan(acting.world, acting.c, k, False, [9, 16, 16], 30) for k in range(99)]
-    assert not any(plan.ahead or plan.later for plan in ends)  # too short to have a later on
-    assert 0.3 < np.mean([plan.known.any() for plan in ends]) < 0.6
 
 
 def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
@@ -1639,10 +1636,10 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
         words.captions_of(world, c, made, said)
 
     def caption(latents, told):
-        texts = [f"an {len(heard) + k} at top left moving up fast, 0 bounces. 9 frames."
-                 for k in range(len(told))]  # fmt: skip
-        heard.update(zip(texts, zip(latents, told, strict=True), strict=True))
-        return texts
+        said = [f"an {len(heard) + k} at top left moving up fast, 0 bounces. 9 frames."
+                for k in range(len(told))]  # fmt: skip
+        heard.update(zip(said, zip(latents, told, strict=True), strict=True))
+        return said
 
     def write() -> set[str]:
         before = recaption.read_lines(path).keys()
@@ -1659,15 +1656,13 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
     written, kinds = recaption.read_lines(path), set()
     for k, text in enumerate(words.captions_of(world, c, made, said)):
         own = said[k].brief if brief[k] else said[k].caption or written[said[k].name]
-        lasts = bool(made["lasts"][k])
-        assert text == (world.lasting(own) if lasts else own)
-        kinds.add((bool(brief[k]), bool(said[k].caption), lasts))
-        if own in heard:  # of the clip from its own start, and what came with it
-            number, image = [made["number"][k]], bool(made["image"][k])
-            (clip,) = world.clips(number, image, int(made["later"][k]))
+        assert text == (world.lasting(own) if made["lasts"][k] else own)
+        kinds.add((bool(brief[k]), bool(said[k].caption), bool(made["lasts"][k])))
+        if own in heard:  # it saw the clip from its own start, beside what came with it
+            (clip,) = world.clips([made["number"][k]], bool(made["image"][k]), made["later"][k])
             latent, told = heard[own]
             assert near(latent, acting.vae.encode(to_float([clip.pixels]))[0])
-            assert told == asked(clip.brief, world.sizes(number, image)[0].tolist())
+            assert told == asked(clip.brief, clip.pixels.shape[1:])
     assert len(kinds) >= 6
     c = replace(c, captions="written")
     assert words.missing(c, made, said) == []
@@ -1683,11 +1678,11 @@ def test_lessons_are_true_and_are_dealt_out_to_parts_that_add_up(acting):
         lessons, image = recaption.draw_lessons(world, c, step)
         for text, prompt, (k, later), share in [x for x in lessons if x[2]]:
             (clip,), (first,) = world.told([k], image, later), world.told([k], image)
-            size, right = world.sizes([k], image)[0].tolist(), (first.brief, clip.caption)
-            others = [world.otherwise(first, (n + 0.5) / 9) for n in range(9)]
-            pairs = [right] + [(x.brief, x.caption) for x in others] * (later == 0)
-            assert (prompt, text) in [("", clip.caption)] + [
-                (asked(x, size, later > 0), y) for x, y in pairs]  # fmt: skip
+            others = [world.otherwise(first, (n + 0.5) / 9) for n in range(9)] * (later == 0)
+            size = world.sizes([k], image)[0].tolist()
+            pairs = [(asked(x.brief, size), x.caption) for x in others]  # of edits
+            right = [("", clip.caption), (asked(first.brief, size, later > 0), clip.caption)]
+            assert (prompt, text) in right + pairs
             assert k % 3 == 0 and k % 10 != 7  # somebody wrote its caption; not held back
             kinds.add((prompt > "", later > 0, share < 1, text == clip.caption))
         with torch.no_grad():
@@ -1792,14 +1787,12 @@ def test_a_folder_is_looked_at_once(own_files, tmp_path, monkeypatch, capsys):
     sizes = dict(zip([clip.name for clip in world.told(i)], world.sizes(i).tolist(), strict=True))
     assert [sizes[x] for x in WHOLE] == [
         [1, 40, 24], [13, 32, 24], [17, 24, 32], [5, 48, 24], [17, 32, 24]]  # fmt: skip
-    clips = {}
-    for clip, first in zip(world.clips(i), world.start, strict=True):
-        clips.setdefault(clip.name, []).append(clip.pixels)
-        if clip.name == "long.mp4":  # two windows side by side
-            assert numbers_in(clip.pixels) == list(range(first, first + 17))
-    assert {name: len(some) for name, some in clips.items() if len(some) > 1} == {"long.mp4": 2}
-    above, below = np.split(clips["phone.mp4"][0], 2, axis=2)
+    clips = {clip.name: clip.pixels for clip in world.clips(i)}
+    above, below = np.split(clips["phone.mp4"], 2, axis=2)
     assert above[:, :, :20].mean() > 240 and below[:, :, 4:].mean() < 15  # upright
+    shown = [numbers_in(x.pixels) for x in world.clips(i) if x.name == "long.mp4"]
+    first = shown[0][0]  # two windows side by side
+    assert sum(shown, []) == list(range(first, first + 34)) and len(world) == 6
     (root / "long.mp4").write_bytes(b"gone")  # a file that breaks later leaves its place empty
     assert [x is None for x in world.clips(i)] == [x.name == "long.mp4" for x in world.told(i)]
     with monkeypatch.context() as patch:
@@ -1867,9 +1860,8 @@ def test_fitting(tmp_path):
     assert np.array_equal(crop, picture[:, :, 2:10, 2:18]) and "cropped to 8 x 16" in done
     pad, done = media.read_clip(path, 1, 8, fit="pad")
     assert np.array_equal(pad[:, :, 1:14, 1:22], picture) and "padded to 16 x 24" in done
-    for fit in ("crop", "pad"):
-        big, done = media.read_clip(path, 3, 8, (32, 32), fit)
-        assert big.shape == (3, 1, 32, 32) and "resized" in done
+    big, done = media.read_clip(path, 3, 8, (32, 32))
+    assert big.shape == (3, 1, 32, 32) and "resized" in done
     for color, gray in (((255, 0, 0, 0), 0), ((9, 9, 9), 9), (65535, 255)):  # clear, gray, 16 bits
         deep = np.uint16 if color == 65535 else np.uint8
         Image.fromarray(np.full((8, 8, *np.shape(color)), color, deep)).save(path)
@@ -1877,11 +1869,9 @@ def test_fitting(tmp_path):
 
 
 def test_a_bad_file_is_one_line(tmp_path):
-    media.write_clip(tmp_path / "good.gif", RAMP)
-    media.write_clip(tmp_path / "good.webp", RAMP)
-    for name in ("good.gif", "good.webp"):
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / f"cut_{name}").write_bytes(whole[: len(whole) // 2])
+    for name in ("cut.gif", "cut.webp"):
+        media.write_clip(tmp_path / name, RAMP)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
     for name in ("words.gif", "words.mp4", "words.npy"):
         (tmp_path / name).write_text("hello\n" * 99)
     (tmp_path / "empty.gif").touch()
@@ -1890,8 +1880,7 @@ def test_a_bad_file_is_one_line(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     np.save(tmp_path / "float.npy", np.zeros((3, 32, 32, 1)))
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}]), allow_pickle=True)
-    bad = [path for path in tmp_path.iterdir() if not path.name.startswith("good")]
-    for path in [*bad, tmp_path / "missing.gif"]:
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.gif"]:
         with pytest.raises((ValueError, FileNotFoundError)) as stopped:
             media.read_clip(path, 1, 8)
         assert str(stopped.value).startswith(str(path)) and "\n" not in str(stopped.value)
@@ -1906,19 +1895,6 @@ def test_an_interrupted_writer_leaves_a_playable_file_and_an_error_none(tmp_path
             raise error
         assert os.listdir(tmp_path) == left
     assert media.read_clip(path, 1, 2)[0].shape == (1, frames, 8, 10)
-    if suffix == ".mp4":  # and one that is killed
-
-        def write():
-            with media.Writer(path) as file:
-                while True:
-                    file.write(np.random.default_rng(0).integers(0, 255, (1, 10, 64, 64), np.uint8))
-
-        (child := FORK(target=write)).start()
-        while path.stat().st_size < 100_000:
-            time.sleep(0.02)
-        child.kill()
-        child.join()
-        assert media.read_clip(path, 1, 8)[0].shape[1] > 10
 
 
 # ================================================================= measuring: measure/, evaluate.py
@@ -1973,7 +1949,7 @@ def test_sharpness_falls_under_blur_and_not_under_noise():
 
 def test_prompts_are_balanced_and_tell_a_perfect_model_from_a_deaf_one(monkeypatch):
     run = measured_run()
-    chosen = prompts.real_clips(run.world, 80, 16, seed=0)
+    chosen = prompts.real_clips(run.world, 80, 8, seed=0)
     kinds = [x for one in chosen for x in one.prompts if "and" not in x]
     assert len(set(kinds)) == 40 and {kinds.count(x) for x in kinds} == {2}
     sizes, shapes = {one.clips[0].shape[1:] for one in chosen}, run.world["shapes"]
@@ -1982,7 +1958,7 @@ def test_prompts_are_balanced_and_tell_a_perfect_model_from_a_deaf_one(monkeypat
     for deaf in (0, 1):  # a deaf model shows what another prompt says
         monkeypatch.setattr(prompting, "finished", lambda run, asked, seeds, how, deaf=deaf: [
             stock[x.clip.shape, x.prompt] for x in asked[deaf:] + asked[:deaf]])  # fmt: skip
-        figures, page = prompts.measure(run, 80, 16, 0, {})
+        figures, page = prompts.measure(run, 80, 8, 0, {})
         real, made = figures["real"], figures["generated"]
         assert real["digit"] >= 0.95 and real["direction"] == 1 and real["both"] >= 0.8
         assert made["digit"] < 0.3 and made["both"] < 0.2 if deaf else made == real
@@ -2045,7 +2021,7 @@ def freeze(run, asked, seeds, how) -> list[np.ndarray]:
 def test_the_truth_is_right_in_every_task_and_baselines_are_wrong_as_they_should(monkeypatch):
     monkeypatch.setattr(prompting, "finished", freeze)
     monkeypatch.setattr(tasks, "MINUTE", 200)
-    figures = tasks.measure(measured_run(), 40, 4, 0, {})[0]
+    figures = tasks.measure(measured_run(), 24, 2, 0, {})[0]
     truth = tasks.table({name: x | {"made": x["real"]} for name, x in figures.items()})
     assert "not yet" not in truth and "not yet" in tasks.table(figures)
     for name, x in (pair for kinds in figures.values() for pair in kinds["real"].items()):
@@ -2056,7 +2032,7 @@ def test_the_truth_is_right_in_every_task_and_baselines_are_wrong_as_they_should
     world = tasks.held_out(measured_run().world, seed=0, two_digits=0.0)
     for kind, seam, last, way in (("forward", 9, 8, 1), ("backward", 16, 16, -1)):
         fits, row = lambda path, seam=seam: tasks.steady(path, seam), still[f"extend {kind}"]
-        true = tasks.choose(world, (25, 32, 32), range(40), fits).path
+        true = tasks.choose(world, (25, 32, 32), range(24), fits).path
         gone = np.abs(true - true[:, [last]]).sum(2)  # [n, T]: it stays where it was seen last
         for k, off in ((k, np.median(gone[:, last + way * k])) for k in tasks.OFF):
             assert row[f"pixels off after {k} frames"] == pytest.approx(off, abs=1e-3)
@@ -2126,7 +2102,7 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     monkeypatch.setattr(bench, "ROWS", 2)
     run = f"--run {measured}/done"
     for line in (f"prompts {run} --ones 2 --twos 1", f"tasks {run} --clips 2 --minutes 1 --steps 1",
-                 f"language {run} --clips 4", f"scaling {run} --ones 4 --out {tmp_path}", "cost",
+                 f"language {run} --clips 2", f"scaling {run} --ones 2 --out {tmp_path}", "cost",
                  "bench --repeats 1"):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
         evaluate.main()
