@@ -84,18 +84,13 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, who: Tensor | None) -> Ten
     """Attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
     q, k = q.type_as(v), k.type_as(v)
     if who is None or who.is_floating_point():
-        return attend(*(x.transpose(1, 2) for x in (q, k, v)), who).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the kernel never holds all L x L scores
+        return F.scaled_dot_product_attention(q, k, v, who).transpose(1, 2)
     from torch.nn.attention.varlen import varlen_attn  # only CUDA can run it
 
     L = q.shape[1]  # no clip is longer
     out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), who, who, L, L)  # [N, heads, head]
     return out.view_as(q)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head]. Where it is True, a boolean mask
-    lets a query see a key. The fused kernel never holds all L x L scores."""
-    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 # --------------------------------------------------------------------------------------- neighbours

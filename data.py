@@ -285,9 +285,8 @@ class Digits(World):
         there = raw["start"] + velocity * np.asarray(frames)[:, None, None]
         there = there % np.maximum(2 * room, 1)  # where it would be without walls, see `path`
         back = (there > room) | (there == room) & (velocity > 0) | (there == 0) & (velocity < 0)
-        back &= (room > 0) & (np.asarray(frames)[:, None, None] > 0)
         start = np.minimum(there, 2 * room - there)
-        return raw | {"start": start, "velocity": np.where(back, -1, 1) * velocity}
+        return raw | {"start": start, "velocity": np.where(back & (room > 0), -1, 1) * velocity}
 
     def render(self, raw: dict, size) -> np.ndarray:
         """n clips of one size (T, H, W) -> pixels [n, 1, T, H, W] uint8."""

@@ -130,16 +130,14 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
     return Run(vae, dit, words, saved["world"], saved["config"], language)
 
 
-def bf16(device: torch.device, cache: bool = True):
-    """Autocast to bfloat16 where the device computes in it; weights, EMA and loss stay float32.
-    cache: keep the bfloat16 copies of weights for their next use."""
+def bf16(device: torch.device):
+    """Autocast to bfloat16 where the device computes in it; weights, EMA and loss stay float32."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported()
     else:  # AVX512 alone emulates it, three times slower than float32
         asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         able = any(getattr(torch.cpu, ask, bool)() for ask in asks)
-    how = {"dtype": torch.bfloat16, "cache_enabled": cache}
-    return torch.autocast(device.type, **how) if able else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -520,7 +518,7 @@ def expand(run: Run, tasks: list[Task], seeds: list[int]) -> list[Task]:
     says how a clip starts, and agrees with the known frames. If the first window does not start
     with the clip, the caption says only what lasts, as seen in the known frames beside the gap."""
     task, plan = tasks[0], windows(tasks[0], run)
-    if not run.language or not run.world["briefs"] or not plan:
+    if not run.language or not plan:
         return list(tasks)
     (T, H, W), (lo, hi) = task.clip.shape[1:], plan[0].turn
     follow = hi + int(np.pad(task.known[hi:], (0, 1)).argmin())  # where known frames end again

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import diffusion
 import patches
 import prompting
-from data import World, WorldConfig, open_world, sheet
+from data import Clip, World, WorldConfig, open_world, sheet
 from dit import DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
 from sample import Parser
@@ -223,8 +223,7 @@ def make_world(c: Config) -> World:
         barrier()
     numbers, vae = np.arange(len(world)), make_vae(c, world)
     sizes = np.concatenate([world.sizes(numbers, image) for image in (False, True)])
-    _, each = np.unique(sizes @ [2**40, 2**20, 1], return_index=True)  # rows take far longer
-    for size in sizes[each].tolist():
+    for size in batches.kinds(sizes)[0].tolist():
         if (count := patches.token_count(vae.grid(*size), c.patch)) >= c.tokens:
             raise ValueError(
                 f"a clip of {' x '.join(map(str, size))} has {count} tokens, and --tokens is "
@@ -256,16 +255,15 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
     vae = make_vae(c, world)
     checkpoints.begin_with(vae, checkpoints.starting_from(c, c.folder, "vae"))
     every = np.flatnonzero(~world.held_back(np.arange(len(world))))
-    sizes = {image: world.sizes(every, image) for image in (False, True)}
-    largest = int(sizes[False].prod(1).max())
+    kinds = {image: batches.kinds(world.sizes(every, image)) for image in (False, True)}
+    largest = int(kinds[False][0].prod(1).max())
 
     def make(step: int, part: int) -> tuple[Tensor, Tensor, float]:
         """A part of a step: video, noise, and its share in the mean. The step's clips are of one
         size, another one each step; in every eighth step images: a video's first frame is an image
         to a causal VAE."""
         image, mine = step % 8 == 0, slice(part, None, ranks() * c.accumulate)
-        pick = batches.same_size(sizes[image], step, c.seed, c.vae_batch, largest)
-        T, H, W = sizes[image][pick[0]].tolist()
+        (T, H, W), pick = batches.same_size(kinds[image], step, c.seed, c.vae_batch, largest)
         noise = torch.randn(len(pick), c.channels, *vae.grid(T, H, W),
                             generator=seeded(c.seed, 1, step))  # fmt: skip
         clips = world.clips(every[pick[mine]], image)
@@ -308,7 +306,9 @@ def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.dev
         make = partial(recaption.read_lessons, world, tokenizer, c)
         order = range(first, c.text_steps)
         for parts in items.made_ahead(make, order, c.workers * world.slow):
-            yield [recaption.encoded(vae, part) for part in parts]
+            with prompting.bf16(device):
+                lessons = [recaption.encoded(vae, part) for part in parts]
+            yield lessons
 
     def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
         """The sum over this part's tokens, divided by how many there are in all parts."""
@@ -372,13 +372,14 @@ def train_dit(
     def show(averaged: DiT, step: int) -> None:
         said, size = world.prompts(12), (max(world.durations), *world.shapes[0])
         said = [(prompt, size) for prompt, _ in said[::2] + said[-1:]]
-        gallery(replace(run, dit=averaged), said, f"samples/{step:06d}.gif", 12)
+        gallery(replace(run, dit=averaged), said, c.folder / f"samples/{step:06d}.gif", 12)
 
     facts = facts | {"model": asdict(dit.config), "words": run.tokenizer.words}
     stage = Stage("dit", dit, c.steps, c.lr, steps, loss, facts, show, measure=measure, large=True)
     averaged = fit(stage, c, c.folder, device)
     if rank() == 0:
-        gallery(replace(run, dit=averaged), world.prompts(12), "gallery.gif")
+        gallery(replace(run, dit=averaged), world.prompts(12), c.folder / "gallery.gif")
+        print(f"wrote {c.folder / 'gallery.gif'}")
 
 
 def can_compile(device: torch.device) -> bool:
@@ -397,9 +398,9 @@ def can_compile(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------- what is shown
 
 
-def gallery(run: prompting.Run, said: list, name: str, steps: int = 0) -> None:
+def gallery(run: prompting.Run, said: list, path: Path, steps: int = 0) -> None:
     """Clips of prompts and sizes, playing side by side; short ones start again."""
-    c, clips = Config(**run.config), [None] * len(said)
+    clips = [None] * len(said)
     for size in dict.fromkeys(size for _, size in said):
         group = [k for k, (_, other) in enumerate(said) if other == size]
         tasks = [prompting.new(run, size, said[k][0]) for k in group]
@@ -414,9 +415,7 @@ def gallery(run: prompting.Run, said: list, name: str, steps: int = 0) -> None:
         sheet([clip[:, [t % clip.shape[1]]] for clip in clips], titles, columns=4, scale=scale)
         for t in range(max(clip.shape[1] for clip in clips))
     ]
-    write_gif(c.folder / name, pages, run.world["fps"])
-    if not steps:
-        print(f"wrote {c.folder / name}")
+    write_gif(path, pages, run.world["fps"])
 
 
 def draw_loss(out: Path) -> None:
@@ -428,9 +427,7 @@ def draw_loss(out: Path) -> None:
             curve[0].append(line["step"])
             curve[1].append(line["loss"])
     if panels:
-        part = out / ".loss.part.png"
-        plot(panels, log_y=True).save(part)
-        os.replace(part, out / "loss.png")
+        write_gif(out / "loss.png", [plot(panels, log_y=True)])
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -446,9 +443,7 @@ def main(c: Config) -> None:
     world = make_world(c)
     (c.folder / "samples").mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        part = c.folder / "config.part"
-        part.write_text(json.dumps(asdict(c), indent=2) + "\n")
-        os.replace(part, c.folder / "config.json")
+        checkpoints.write(c.folder / "config.json", json.dumps(asdict(c), indent=2).encode())
     facts = {"world": world.about(), "config": asdict(c)}
     try:
         stages(c, world, facts, device)
@@ -482,13 +477,17 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
             words.caption_items(language, c, made, said, c.space_factor)
     if c.stage == "text":
         return
-    captions = words.captions_of(world, c, made, said)
     start = checkpoints.starting_from(c, c.folder, "dit")
     tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world).words)
-    texts = [tokenizer.encode(x) for x in captions]
-    source = batches.Source(made, texts, world.held_back(made["number"]), c)
+    source = source_of(c, world, made, said, tokenizer)
     run = prompting.Run(vae, None, tokenizer, world.about(), asdict(c), language)
     train_dit(c, world, facts, source, run)
+
+
+def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
+    """What the transformer learns from: items, and the caption of each as tokens."""
+    texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
+    return batches.Source(made, texts, world.held_back(made["number"]), c)
 
 
 def dry_run(c: Config, steps: int = 4) -> str:

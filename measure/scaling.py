@@ -42,9 +42,7 @@ def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple
     """The EMA model's loss on batches it has not seen, and the FLOPs of a training step on them."""
     world = train.make_world(c)
     made = items.make_items(world, run.vae, c, c.folder / "items")
-    said = words.captions_of(world, c, made, words.words_of(world, made))
-    texts = [run.tokenizer.encode(x) for x in said]
-    source = batches.Source(made, texts, world.held_back(made["number"]), c)
+    source = train.source_of(c, world, made, words.words_of(world, made), run.tokenizer)
     total, flops = 0.0, 0.0
     for step in range(batches.HELD_BACK, batches.HELD_BACK + count):
         for part in batches.parts(source, step):

@@ -36,15 +36,24 @@ HELD_BACK = 10**6  # a step whose clips are only measured on
 # --------------------------------------------------------------------------------- for any network
 
 
-def same_size(sizes: np.ndarray, step: int, seed: int, count: int, largest: int = 0) -> np.ndarray:
-    """Places in `sizes` [N, 3] of clips of one size, drawn as often as it occurs: together as many
-    pixels as `count` of the `largest` (by default the largest of these), at most 4 count."""
-    random = np.random.default_rng([seed, 8, step])
-    size = sizes[random.integers(len(sizes))]
-    alike = np.flatnonzero((sizes == size).all(1))
-    largest = largest or int(sizes.prod(1).max())
-    n = min(max(1, count * largest // int(size.prod())), 4 * count)
-    return alike[random.integers(len(alike), size=n)]
+Kinds = tuple[np.ndarray, np.ndarray]  # the different sizes [K, 3], and which each clip has [N]
+
+
+def kinds(sizes: np.ndarray) -> Kinds:
+    """sizes [N, 3]. As one number each, they are sorted 30 times as fast as in rows."""
+    code = sizes @ [2**40, 2**20, 1]
+    _, first, kind = np.unique(code, return_index=True, return_inverse=True)
+    return sizes[first], kind
+
+
+def same_size(of: Kinds, step: int, seed: int, count: int, largest: int) -> tuple[list, np.ndarray]:
+    """A size (T, H, W), drawn as often as it occurs, and the places of clips that have it: together
+    as many pixels as `count` clips of `largest` pixels, at most 4 count."""
+    (sizes, kind), random = of, np.random.default_rng([seed, 8, step])
+    one = kind[random.integers(len(kind))]
+    alike, size = np.flatnonzero(kind == one), sizes[one].tolist()
+    n = min(max(1, count * largest // int(np.prod(size))), 4 * count)
+    return size, alike[random.integers(len(alike), size=n)]
 
 
 # ----------------------------------------------------------------------------- for the transformer

@@ -23,8 +23,8 @@ GPUS = {"4090": (165, 24), "l40s": (362, 48), "a100": (312, 80), "h100": (989, 8
         "h200": (989, 141), "b200": (2250, 180), "mi300x": (1307, 192)}  # fmt: skip
 REACHED = 0.4  # the share of the peak that is left for what is counted; good trainings report this
 
-# Bytes that a block keeps for its backward pass, for each token and unit of width, in bfloat16 on a
-# GPU. (On a CPU, attention over masked rows also keeps its scores, heads x L x L for each row.)
+# Bytes that a block keeps for its backward pass, for each token and unit of width, in bfloat16. No
+# attention scores are among them: the kernels make those again.
 KEPT = 28 * 2 + 6 * 4 + 6
 
 

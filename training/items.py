@@ -36,6 +36,7 @@ from tqdm import tqdm
 from data import World
 from patches import latent_actions
 from prompting import bf16
+from training.checkpoints import write
 from training.loop import STOP
 from training.processes import barrier, rank, ranks
 from vae import VAE, to_float
@@ -200,10 +201,10 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
     barrier()  # until all have looked
     if rank() == 0:
         if was and was != what:
-            print(f"{folder}: of another VAE, or of other clips: encoded anew", flush=True)
+            print(f"{folder}: the VAE or the clips have changed: encoding them again", flush=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_about(path, what)
+        write(path, json.dumps(what).encode())
     barrier()
     done = Items(folder, *shape)
     have = set(zip(done["number"].tolist(), done["image"].tolist(), strict=True))
@@ -232,14 +233,8 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
     bar.close()
     barrier()
     if rank() == 0:
-        write_about(path, what | {"complete": True})
+        write(path, json.dumps(what | {"complete": True}).encode())
     return Items(folder, *shape)
-
-
-def write_about(path: Path, what: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(what) + "\n")
-    os.replace(part, path)
 
 
 # --------------------------------------------------------------------------------- reading: items
@@ -279,16 +274,19 @@ class Items:
 
     def held(self, k: int) -> np.ndarray:
         """Which latent frames of an item with known frames are known whole: [t] bool."""
-        row, Z, ft = self.rows[k].tolist(), self.channels, self.time_factor
-        at, (t, h, w), ahead = row[2], row[3:6], row[6]
-        first = at + Z * (ahead + t) * h * w + Z * t * h * w  # past the latents
-        mask = self.shards[row[-1]][first : first + ft * t * h * w].reshape(ft, t, h * w)
+        row, Z, ft = self.row(k), self.channels, self.time_factor
+        t, patch = row["t"], row["h"] * row["w"]
+        first = row["at"] + Z * (row["ahead"] + 2 * t) * patch  # past the latents
+        mask = self.shards[row["shard"]][first : first + ft * t * patch].reshape(ft, t, patch)
         return np.array(mask[:, :, 0].all(0))
+
+    def row(self, k: int) -> dict[str, int]:
+        return dict(zip([*COLUMNS, "shard"], self.rows[k].tolist(), strict=True))
 
     def read(self, k: int) -> dict[str, Tensor | None]:
         """Item k: "whole" [Z, a + t, h, w], of which "latent" [Z, t, h, w] is the window; "given"
         [Z + ft, t, h, w] and "actions" [t, ft], or None."""
-        row = dict(zip([*COLUMNS, "shard"], self.rows[k].tolist(), strict=True))
+        row = self.row(k)
         at, Z, ft, ahead = row["at"], self.channels, self.time_factor, row["ahead"]
         t, h, w = row["t"], row["h"], row["w"]
 

@@ -18,7 +18,6 @@ number it goes on with the same clips and noise, and only floating point adds in
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ MOST_SKIPPED = 3  # steps in a row that may fail
 @dataclass
 class Stage:
     """A training. `batches` is closed when it ends or stops, and gives each process equally many
-    parts. `loss` gives a part's share of the step's loss, and logs; it may run in threads."""
+    parts. `loss` gives a part's share of the step's loss, and logs."""
 
     name: str
     model: nn.Module
@@ -92,26 +91,6 @@ def gradients(stage: Stage, model: nn.Module, parts: list, step: int, device) ->
     return loss.item(), logs
 
 
-def gradients_in_threads(stage: Stage, model: nn.Module, parts: list, step: int, device) -> tuple:
-    """The same, side by side on a CPU: cores that share a part wait for each other far more."""
-    weights, cores, loss, logs = list(model.parameters()), torch.get_num_threads(), 0.0, {}
-    workers = min(cores, len(parts))
-
-    def learn(part) -> tuple:
-        with bf16(device, cache=False):  # the cache is one for all threads: rounding would vary
-            share, more = stage.loss(model, part, step)
-        return share.item(), more, torch.autograd.grad(share, weights, allow_unused=True)
-
-    with ThreadPoolExecutor(workers, "part", torch.set_num_threads, (cores // workers,)) as threads:
-        for share, more, found in threads.map(learn, parts):  # in this order: always the same sum
-            for weight, gradient in zip(weights, found, strict=True):
-                if gradient is not None:
-                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-            loss, logs = loss + share, logs or more
-    torch.set_num_threads(cores)  # a thread's own number is partly that of all
-    return loss, logs
-
-
 def prepare(stage: Stage, c, device) -> tuple[State, Callable[[], nn.Module]]:
     """Networks and optimizers on their device, sharded or not; and what makes the EMA model whole
     on the first process. Other processes get one without numbers."""
@@ -146,11 +125,7 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
             share = learning_rate(state.step, stage.steps)
             for optimizer, peak in zip(state.optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = share * peak
-            with bf16(device):  # what encodes clips may do it here
-                parts = next(batches)
-            beside = alone and len(parts) > 1 and device.type == "cpu"
-            add_up = gradients_in_threads if beside else gradients
-            loss, logs = add_up(stage, learner, parts, state.step, device)
+            loss, logs = gradients(stage, learner, next(batches), state.step, device)
             norm = nn.utils.clip_grad_norm_(weights, CLIP)
             norm = (norm.full_tensor() if sharded else norm).item()
             loss, stopping = added(loss, len(STOP), device=device)  # the same on all processes

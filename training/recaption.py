@@ -21,20 +21,22 @@ from tqdm import tqdm
 
 from data import World
 from language import LONGEST, Language, Tokenizer, asked
-from training.batches import same_size
+from training.batches import Kinds, kinds, same_size
 from training.items import FARTHEST
 from training.processes import gathered, rank, ranks
 from vae import VAE, to_float
+from worlds.folder import parse_lines
 
 
 @cache
-def labelled(world: World) -> tuple[np.ndarray, dict[bool, np.ndarray]]:
-    """The numbers [n] of clips to learn from; their sizes [n, 3] as they are, and as images."""
+def labelled(world: World) -> tuple[np.ndarray, dict[bool, Kinds]]:
+    """The numbers [n] of clips to learn from; their sizes as they are, and as images."""
     i = np.arange(len(world))
     i = i[world.labelled(i) & ~world.held_back(i)]
-    return i, {image: world.sizes(i, image) for image in (False, True)}
+    return i, {image: kinds(world.sizes(i, image)) for image in (False, True)}
 
 
+@cache
 def make_tokenizer(world: World, size: int = 4096) -> Tokenizer:
     """From what came with a few thousand clips, and the sizes that the expander reads."""
     texts, random = [], np.random.default_rng(0)
@@ -56,12 +58,13 @@ def draw_lessons(world: World, c, step: int) -> tuple[list[tuple], bool]:
     size. Beside a brief, half of the time all of the clip is seen, as when captions are written,
     else only its start, as users give it. Half of these are windows from later on; of the others, a
     quarter of the briefs ask for something else than is seen, as an edit does."""
-    (numbers, sizes), random = labelled(world), np.random.default_rng([c.seed, 10, step])
+    (numbers, of), random = labelled(world), np.random.default_rng([c.seed, 10, step])
     if not len(numbers):
         raise ValueError("not one clip has a caption to learn from")
     image = step < 0.25 * c.text_steps or step % 5 == 0  # small images teach digits sooner
-    pick = same_size(sizes[image], step, c.seed, c.text_batch, int(sizes[False].prod(1).max()))
-    i, size = numbers[pick], sizes[image][pick[0]].tolist()
+    largest = int(of[False][0].prod(1).max())
+    size, pick = same_size(of[image], step, c.seed, c.text_batch, largest)
+    i = numbers[pick]
     clips, again = world.told(i, image), i[::3]
     lessons = [(x.caption, "", (k, 0), 1.0) for k, x in zip(i.tolist(), clips, strict=True)]
     u = random.random((len(again), 6))
@@ -122,15 +125,10 @@ def encoded(vae: VAE, part: Part) -> tuple[list[tuple[list, list, list]], int]:
 
 
 def read_lines(path: Path) -> dict[str, str]:
-    """{name: caption} of a captions.jsonl; nothing where there is no such file."""
-    lines, captions = path.read_text("utf-8-sig").split("\n") if path.exists() else [], {}
-    for number, line in [(n, x) for n, x in enumerate(lines, 1) if x.strip()]:
-        try:
-            entry = json.loads(line)
-            captions[entry["file"]] = " ".join(entry["caption"].split())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            form = '{"file": "a.mp4", "caption": "a dog"}'
-            raise ValueError(f"{path}, line {number}: each line is like {form}") from None
+    """{name: caption} of a run's captions.jsonl; nothing where there is no such file."""
+    captions = dict(parse_lines(path, path.read_text("utf-8-sig")) if path.exists() else [])
+    if None in captions.values():
+        raise ValueError(f"{path}: a caption is null: without its line, it is written again")
     return captions
 
 

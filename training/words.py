@@ -43,16 +43,17 @@ def caption_items(language: Language, c, items: Items, words: list[Clip], scale:
     """Write captions.jsonl: what the captioner says of all that lacks a caption. scale: pixels a
     latent, as prompts tell sizes in pixels."""
     todo, wanted = missing(c, items, words), []
-    todo.sort(key=lambda k: (words[k].name, items["image"][k]))  # a file's clip before its image
+    # Of items with one name, a file's, the last one counts: the first of its clips, or its image.
+    todo.sort(key=lambda k: (words[k].name, items["image"][k]))
+    todo.reverse()
     for k in todo:
         t, h, w = (int(items[name][k]) for name in "thw")
         size = (1 + (t - 1) * items.time_factor, h * scale, w * scale)
         wanted.append(Wanted(words[k].name, size, words[k].brief and asked(words[k].brief, size)))
-    wanted = wanted[::-1]  # of those of one name, the last counts
 
     def see(places: list[int]) -> list:
         """The clip from its own start, also where its item is a window from later on."""
-        read = (items.read(todo[::-1][k]) for k in places)
+        read = (items.read(todo[k]) for k in places)
         return [item["whole"][:, : item["latent"].shape[1]] for item in read]
 
     path = Path(c.folder, "captions.jsonl")

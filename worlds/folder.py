@@ -103,25 +103,29 @@ def make_index(root: Path, names: list[str]) -> dict[str, dict]:
     return index
 
 
-def read_lines(path: Path) -> list[tuple[str, str]]:
-    """(name, caption) of each line of a captions.jsonl that has a caption, if the file exists."""
+def parse_lines(path: Path, text: str) -> list[tuple[str, str | None]]:
+    """(file, caption) of each line of a captions.jsonl, whose text this is; None where it is null.
+    ValueError names a line that is none."""
     found = []
-    for number, line in enumerate(read_text(path).split("\n") if path.exists() else [], 1):
+    for number, line in [(n, x) for n, x in enumerate(text.split("\n"), 1) if x.strip()]:
         try:
-            entry = json.loads(line) if line.strip() else {"file": "", "caption": ""}
-            name = os.path.relpath(path.parent / entry["file"].replace("\\", "/"), path.parent)
-            found.append((Path(name).as_posix(), " ".join((entry["caption"] or "").split())))
+            entry = json.loads(line)
+            file, said = entry["file"] + "", entry["caption"]  # a number is no name
+            found.append((file, said if said is None else " ".join(said.split())))
         except (ValueError, KeyError, TypeError, AttributeError):
             form = '{"file": "a.mp4", "caption": "a dog"}'
             raise ValueError(f"{path}, line {number}: each line is like {form}") from None
-    return [(name, caption) for name, caption in found if caption]
+    return found
 
 
 def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, str]:
     """{name: caption} of files that have one: from beside them, or else from captions.jsonl. Names
     the `others` that are of no use."""
     path, captions, unused, known = root / "captions.jsonl", {}, {}, set(names)
-    for name, caption in read_lines(path):
+    for file, caption in parse_lines(path, read_text(path)) if path.exists() else []:
+        if not caption:
+            continue
+        name = Path(os.path.relpath(root / file.replace("\\", "/"), root)).as_posix()
         if name in known and name not in captions:
             captions[name] = caption
         else:
