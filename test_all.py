@@ -1571,8 +1571,9 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_items_are_what_training_would_make(acting):
     kinds, made = Counter(), acting.items
-    assert len({*zip(made["number"], made["image"], strict=True)}) == len(made) == 80
-    for k in range(80):
+    which = made["number"], made["image"], made.conditioned
+    assert len({*zip(*which, strict=True)}) == len(made) > 100
+    for k in range(len(made)):
         row, item = {name: int(made[name][k]) for name in items.COLUMNS}, made.read(k)
         number, image, ahead, T = [row["number"]], row["image"] > 0, row["ahead"], 4 * row["t"] - 3
         (clip,) = acting.world.clips(number, image, row["later"], T + 4 * ahead)
@@ -1592,7 +1593,8 @@ def test_items_are_what_training_would_make(acting):
             lasts = row["later"] > 0 or bool(known[-1])
         assert row["lasts"] == lasts
         kinds[image, row["given"], ahead > 0, row["later"] > 0] += 1
-    assert kinds[True, 0, False, False] == 40 and len(kinds) == 5 and min(kinds.values()) > 1
+    assert kinds[True, 0, False, False] == kinds[False, 0, False, False] == 40
+    assert len(kinds) == 5 and min(kinds.values()) > 1
 
 
 def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
@@ -1612,10 +1614,13 @@ def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
             assert (len(known) > 0) <= (past or made["given"][clip.item] > 0)
             assert (known <= batches.MOST_NOISE * past).all()  # known frames: 0
             assert len(set(clip.level[clip.free])) == 1
-            kinds = {"images": image, "dropped": clip.text == [NOTHING], "acts": clip.acts}
+            kinds = {"images": image, "dropped": clip.text == [NOTHING], "acts": clip.acts,
+                     "conditioned": made.conditioned[clip.item]}  # fmt: skip
             count.update([*(name for name, is_so in kinds.items() if is_so), "n"])
     share = {name: times / count["n"] for name, times in count.items()}
     assert 0.2 < share["images"] < 0.4 and 0.05 < share["dropped"] < 0.15
+    other = share["conditioned"] / (1 - share["images"])
+    assert abs(other - acting.c.given - acting.c.later) < 0.05
     assert 0.85 < share["acts"] < 0.95
     assert all(held[clip.item] for clip in batches.draw_step(acting.source, batches.HELD_BACK)[0])
 

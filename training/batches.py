@@ -74,8 +74,9 @@ class Source:
         self.count = grid[0] * self.frame
         learn = ~self.held if (~self.held).any() else np.ones(len(self.held), bool)
         aside = self.held if self.held.any() else learn
-        self.pools = {False: [np.flatnonzero(learn & kind) for kind in (~image, image)],
-                      True: [np.flatnonzero(aside & kind) for kind in (~image, image)]}  # fmt: skip
+        other = self.items.conditioned
+        kinds = image, ~image & ~other, other
+        self.pools = [[np.flatnonzero(of & kind) for kind in kinds] for of in (learn, aside)]
         if not len(self.items):
             raise ValueError("not one clip could be encoded")
 
@@ -98,12 +99,15 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     """The batch of a step, on all processes, and which clips lie in which row."""
     c, items = source.c, source.items
     u = np.random.default_rng([c.seed, 2, step]).random((c.rows * c.tokens // 10, 6))
-    clips, images = source.pools[step >= HELD_BACK]
-    share = 1.0 if step < c.image_phase * c.steps else c.images
-    share = float(len(images) > 0) if not len(clips) or not len(images) else share
-    pick = np.where(u[:, 0] < share, *(
-        pool[(u[:, 1] * len(pool)).astype(int)] if len(pool) else 0 for pool in (images, clips)
-    ))  # fmt: skip
+    pools = source.pools[step >= HELD_BACK]  # images, clips, conditioned ones
+    images = 1.0 if step < c.image_phase * c.steps or not len(pools[1]) else c.images
+    images *= len(pools[0]) > 0
+    other = (1 - images) * min(1.0, c.given + c.later)
+    share = np.array([images, 1 - images - other, other]) * [len(pool) > 0 for pool in pools]
+    share = share.cumsum() / share.sum()
+    kind = np.searchsorted(share, u[:, 0], "right")
+    pick = [pools[k][int(x * len(pools[k]))] for k, x in zip(kind, u[:, 1], strict=True)]
+    pick = np.array(pick)
     room = (c.tokens - source.count[pick]).clip(min=1).tolist()
     texts = [source.texts[k][:n] for k, n in zip(pick.tolist(), room, strict=True)]
     texts = [x if keep else [NOTHING] for x, keep in zip(texts, u[:, 2] >= DROPOUT, strict=True)]

@@ -3,9 +3,9 @@
 The problem. In every epoch the same clips would be decoded and sent through the same VAE, which no
 longer learns. That costs more than the transformer's own step.
 
-The idea. Do it once, before. What becomes of a clip is a function of (seed, number): most are just
-clips; of some, a few frames are *known* (to animate, extend, loop or connect); some are *windows*
-from later on, which continue their own past. Each clip is an item, and so is its image:
+The idea. Do it once, before. Each clip makes up to three items: the clip as it is, an image of it,
+and a *conditioned* one: a few of its frames are known (to animate, extend, loop or connect), or it
+is a window from later on, which continues its own past. Which is a function of (seed, number):
 
     plan   number -> from which frame, how many frames, which of them are known
     encode world.clips -> VAE -> latent [Z, a + t, h, w]      a latent frames before the window
@@ -25,7 +25,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,10 @@ class Plan:
     later: int = 0  # the frame of the clip at which it starts
 
     @property
+    def conditioned(self) -> bool:
+        return bool(self.ahead or self.known.any())
+
+    @property
     def alike(self) -> tuple:  # plans of which this is the same are encoded together
         return self.size, self.image, self.ahead
 
@@ -84,32 +88,31 @@ class Plan:
         return bool(self.ahead or self.later or self.known[-1])
 
 
-def draw_plan(world: World, c, number: int, image: bool, size: list[int], frames: int) -> Plan:
-    """A window that sees its own past, in a share of `c.later`; a clip with known frames, in a
-    share of `c.given` (what lies between two ends, and half of what leads to an end, starts later
-    on); or just a clip. frames: how many there are from its start on."""
-    random, T = np.random.default_rng([c.seed, 3, number]), size[0]
-    plan = Plan(number, image, tuple(size), np.zeros(T, bool))
+def condition(plan: Plan, c, frames: int) -> Plan:
+    """The same clip as a window that sees its own past, or with known frames, as often as `c.later`
+    to `c.given` (what lies between two ends, and half of what leads to an end, starts later on).
+    frames: how many there are from its start on."""
+    random, T = np.random.default_rng([c.seed, 3, plan.number]), plan.size[0]
     longer = frames >= T + FARTHEST * c.time_factor  # else it has no later on
     kind, ahead = random.random(), int(random.integers(1, FARTHEST + 1))
-    if T > 1 and kind < c.later:
-        plan.ahead = ahead * longer
-    elif T > 1 and kind < c.later + c.given:
-        plan.known = known = draw_known(T, random.random(3 + T))
-        apart = longer and known[-1] and (known[0] or random.random() < 0.5)
-        plan.later = ahead * c.time_factor * int(apart)
-    return plan
+    if kind * (c.later + c.given) < c.later:
+        return replace(plan, ahead=ahead * longer)
+    known = draw_known(T, random.random(3 + T))
+    apart = longer and known[-1] and (known[0] or random.random() < 0.5)
+    return replace(plan, known=known, later=ahead * c.time_factor * int(apart))
 
 
 def draw_plans(world: World, c) -> list[Plan]:
-    """Of the first `c.items` clips: every clip, and every clip as an image."""
+    """Of the first `c.items` clips: every clip, every clip as an image, and conditioned."""
     i = np.arange(min(len(world), c.items or len(world)))
-    frames, plans = world.frames(i).tolist(), []
-    for image in (False, True):
-        sizes = world.sizes(i, image).tolist()
-        each = zip(i.tolist(), sizes, frames, strict=True)
-        plans += [draw_plan(world, c, k, image, *of) for k, *of in each if image or of[0][0] > 1]
-    return plans
+    clips, images = (
+        [Plan(k, image, tuple(size), np.zeros(size[0], bool))
+         for k, size in zip(i.tolist(), world.sizes(i, image).tolist(), strict=True)]
+        for image in (False, True)
+    )  # fmt: skip
+    each = zip(clips, world.frames(i).tolist(), strict=True)
+    others = [condition(x, c, frames) for x, frames in each if x.size[0] > 1 and c.later + c.given]
+    return [x for x in clips if x.size[0] > 1] + images + [x for x in others if x.conditioned]
 
 
 # ------------------------------------------------------------------------------- encoding: a shard
@@ -207,8 +210,9 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
         write(path, json.dumps(what).encode())
     barrier()
     done = Items(folder, *shape)
-    have = set(zip(done["number"].tolist(), done["image"].tolist(), strict=True))
-    groups = grouped([p for p in draw_plans(world, c) if (p.number, int(p.image)) not in have])
+    have = set(zip(done["number"].tolist(), done["image"] > 0, done.conditioned, strict=True))
+    plans = draw_plans(world, c)
+    groups = grouped([x for x in plans if (x.number, x.image, x.conditioned) not in have])
     groups, shard = groups[rank() :: ranks()], Shard(folder)
 
     def decode(k: int) -> list:
@@ -254,7 +258,8 @@ class Items:
                 count = numbers.stat().st_size // 2  # half a number may be there, too
                 self.shards.append(np.memmap(numbers, np.float16, "r", shape=(count,)))
         rows = np.concatenate(rows)
-        self.rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+        self.rows = rows  # the order is that of their numbers, whoever encoded them
+        self.rows = rows[np.lexsort((self.conditioned, rows[:, 1], rows[:, 0]))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -271,6 +276,11 @@ class Items:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.rows[:, COLUMNS.index(name)]
+
+    @property
+    def conditioned(self) -> np.ndarray:
+        """Which have known frames or a past: bool [n]."""
+        return (self["ahead"] > 0) | (self["given"] > 0)
 
     def held(self, k: int) -> np.ndarray:
         """Which latent frames of an item with known frames are known whole: [t] bool."""
