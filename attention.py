@@ -31,8 +31,9 @@ from torch import Tensor
 # -------------------------------------------------------------------------------------------- where
 
 
-def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
-    """position [B, L, 3] -> cos and sin [B, 1, L, head/2], the same for all heads.
+def rotary_angles(position: Tensor, head: int, base: float, more=0.0) -> tuple[Tensor, Tensor]:
+    """position [B, L, 3] -> cos and sin [B, 1, L, head/2], the same for all heads. more: angles
+    [B, L, head/2] that are added.
 
     A quarter of the channel pairs turns with time, three eighths each with rows and columns (as in
     CogVideoX).
@@ -44,7 +45,7 @@ def rotary_angles(position: Tensor, head: int, base: float) -> tuple[Tensor, Ten
         # From 1.5 radians a patch, which separates adjacent patches, down to 1.5 / base.
         frequency = 1.5 * base ** (-torch.arange(count, device=position.device) / count)
         angles.append(position[..., axis, None].float() * frequency)
-    angle = torch.cat(angles, dim=-1)[:, None]  # [B, 1, L, head/2]
+    angle = (torch.cat(angles, dim=-1) + more)[:, None]  # [B, 1, L, head/2]
     return angle.cos(), angle.sin()
 
 

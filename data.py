@@ -64,6 +64,7 @@ class WorldConfig:
     speeds: tuple[int, ...] = (1, 2)  # pixels a frame
     labelled: float = 0.1  # the share of clips for which somebody wrote the full caption
     held_out: bool = False  # the digits that are kept for evaluation
+    beyond: bool = False  # in simulated worlds: what training never shows
     pixels: int = 1024  # a folder's clips are scaled down to about so many a frame,
     multiple: int = 8  # to sides that this divides,
     unit: int = 4  # and cut to 1 + unit k frames
@@ -75,6 +76,9 @@ class World:
     colors, fps, actions = 1, 10, ()  # C; frames a second; the names of the actions 1, 2, ...
     briefs = True  # whether what a person would type is known, too: then prompts can be expanded
     slow = False  # whether clips take long to make: then worker processes make them ahead
+    flags = {}  # what differs from train.py's defaults where this world is learned
+    sampling = {}  # what differs from prompting.py's settings
+    past = 0.5  # the share of a window that is taken over from the one before it
 
     def __init__(self, config: WorldConfig):
         self.config = config
@@ -131,7 +135,8 @@ class World:
         """What a trained network has to know of its world, as plain values."""
         about = {"config": asdict(self.config), "colors": self.colors, "fps": self.fps}
         about |= {"actions": self.actions, "briefs": self.briefs, "durations": self.durations}
-        return about | {"shapes": self.shapes, "image_shapes": self.image_shapes}
+        about |= {"shapes": self.shapes, "image_shapes": self.image_shapes}
+        return about | {"sampling": self.sampling, "past": self.past}
 
     def stamp(self) -> str:
         """Another one where any clip may be another."""
@@ -142,7 +147,8 @@ def world_class(kind: str) -> type[World]:
     """To add a world, put a file into worlds/ whose WORLD is its class."""
     if kind == "digits":
         return Digits
-    known = {path.stem for path in (HERE / "worlds").glob("*.py")} - {"media", "__init__"}
+    none = {"media", "simulated", "__init__"}
+    known = {path.stem for path in (HERE / "worlds").glob("*.py")} - none
     return importlib.import_module(f"worlds.{kind if kind in known else 'folder'}").WORLD
 
 

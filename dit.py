@@ -14,7 +14,9 @@ over the clip's patches that is conditioned in three ways:
               the caption reaches every block from the first training step on. In worlds that have
               actions, those of each frame join it too.
   where       attention.py: rotary positions in time, rows and columns, and the neighbours of each
-              patch for its MLP. A grid never seen in training works like any other.
+              patch for its MLP. A grid never seen in training works like any other. Actions turn
+              queries and keys, too, by angles that are learned: who has turned left and right again
+              sees the same as before, and so what was seen then is as near as if it were now.
 
 Attention stays inside a clip and everything else works on each token alone, so a clip's output is
 the same alone and packed with others.
@@ -143,6 +145,7 @@ class DiT(nn.Module):
         if config.actions:
             self.action = nn.Embedding(config.actions + 1, d // config.time_factor)  # 0: unknown
             nn.init.normal_(self.action.weight, std=0.2)  # about as large as the level is at first
+            self.turn = nn.Parameter(torch.zeros(config.actions, d // config.heads // 2))
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(d, 2 * d)
         self.write = nn.Linear(d, config.outputs)
@@ -161,6 +164,16 @@ class DiT(nn.Module):
             c = c + self.action(actions).flatten(1)
         return F.silu(c)
 
+    def turned(self, layout) -> Tensor:
+        """How far the actions up to each token's frame turn its query and key: [B, L, head/2], the
+        path so far as a position (Whittington et al. 2022, "Relating transformers to models and
+        neural representations of the hippocampal formation")."""
+        done = F.one_hot(layout.actions, self.config.actions + 1)[..., 1:].sum(1)  # [F, actions]
+        total = done.cumsum(0)
+        first = torch.searchsorted(layout.frame_clip, layout.frame_clip)  # of the clip: its text
+        count = (total - total[first]).to(self.turn)
+        return F.embedding(layout.frame_id, count @ self.turn)
+
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
         """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs], of patches only."""
         is_text, sample_id, position = layout.text >= 0, layout.sample_id, layout.position
@@ -175,7 +188,8 @@ class DiT(nn.Module):
         x = x.type_as(words).masked_scatter(is_text[..., None], words)  # [B, L, d]
 
         head = self.config.width // self.config.heads
-        turn = attention.rotary_angles(position, head, self.config.rope_base)
+        more = self.turned(layout) if self.config.actions else 0.0
+        turn = attention.rotary_angles(position, head, self.config.rope_base, more)
         turn = tuple(y.transpose(1, 2) for y in turn)  # [B, L, 1, head/2] each
         near = attention.neighbours(position.flatten(0, 1), sample_id.flatten(), is_text.flatten())
         for block in self.blocks:

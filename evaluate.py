@@ -3,6 +3,7 @@
     python evaluate.py prompts      # do clips show what their prompts say?
     python evaluate.py tasks        # is what is known kept, and carried on?
     python evaluate.py language     # are captions and expanded prompts true?
+    python evaluate.py worlds       # does a simulated world go on as it must?
     python evaluate.py scaling      # what does more training bring?
     python evaluate.py cost         # what do the presets cost to train?
     python evaluate.py bench        # how fast are training and the VAE?
@@ -11,13 +12,14 @@
 import json
 from argparse import RawDescriptionHelpFormatter as AsIs
 
-from measure import bench, language, prompts, scaling, tasks
+from measure import bench, language, prompts, scaling, tasks, worlds
 from sample import Parser
 
 COMMANDS = {
     "prompts": (prompts.main, "run ones=480 twos=120 seed=0 steps guidance no-expand"),
     "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
     "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
+    "worlds": (worlds.main, "run clips=64 steps"),
     "scaling": (scaling.main, "run steps ones=160 out train"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),

@@ -40,7 +40,6 @@ from dit import DiT, DiTConfig
 from language import NOTHING, Language, LanguageConfig, LanguageModel, Tokenizer
 from vae import VAE, VAEConfig, to_float, to_uint8
 
-CONTEXT = 0.4  # the noise level of the latents that a window takes over from the one before it
 LATER = 2.0  # guidance of such a window, at most: with more, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 
@@ -203,13 +202,16 @@ class Settings:
     steps: int = 30
     guidance: float = 4.0  # 1: none
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
+    noise: float = 0.4  # the level of the latents that a window takes over from the one before it
 
 
-def settings(task: Task) -> Settings:
-    """The settings that worked best. Known frames already show what the prompt says: less guidance
-    makes seams smoother, and new frames truer. Fresh noise in each step lets a digit that was
-    placed wrong still move."""
+def settings(run: Run, task: Task) -> Settings:
+    """The settings that worked best: the world's own, or else those for moving digits. Known frames
+    already show what the prompt says: less guidance makes seams smoother, and new frames truer.
+    Fresh noise in each step lets a digit that was placed wrong still move."""
     known = np.flatnonzero(task.known)
+    if run.world["sampling"]:
+        return Settings(**run.world["sampling"])
     if len(known) <= 1 or task.strength < 1:
         return Settings()
     two_ends = known[-1] - known[0] >= len(known)
@@ -260,7 +262,7 @@ def onward(run: Run, lo: int, hi: int, part: int) -> list[Window]:
     shown = context(run, lo, most - 3)
     first, total = lo - shown, 1 + -(-(shown + hi - lo - 1) // ft)
     while done < total:
-        past = most // 2 if done else 0
+        past = int(most * run.world["past"]) if done else 0
         t = min(most, total - done + past)
         at = first + 1 + ft * (done - past - 1) if past else first
         known = np.arange(ft * t if past else 1 + ft * (t - 1)) < (ft * past if past else shown)
@@ -432,8 +434,8 @@ class Batch:
             x = diffusion.add_noise(source, eps, level[:, None, None])
         if k:
             latent = torch.cat([past, torch.zeros_like(eps[:, :, k:])], dim=2)
-            given = noisy_past(latent, k, CONTEXT, noise(), run.ft)
-            level = torch.where(fixed, CONTEXT, level)
+            given = noisy_past(latent, k, self.how.noise, noise(), run.ft)
+            level = torch.where(fixed, self.how.noise, level)
             noisy = diffusion.add_noise(latent, eps, level[:, None, None])
             x = torch.where(fixed[:, None, None], noisy, x)
         elif window.known.any():
@@ -465,7 +467,7 @@ def complete(
     end, source = task.frames or T, None
     if task.strength == 0:
         plan, K = [], T
-    batch = Batch(run, tasks, how or settings(task), np.stack([x.clip[:, :K] for x in tasks]))
+    batch = Batch(run, tasks, how or settings(run, task), np.stack([x.clip[:, :K] for x in tasks]))
     for window in plan:
         if not window.past:  # else the decoder and the random numbers go on
             at, cache, latent = window.first, None, None

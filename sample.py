@@ -187,7 +187,7 @@ def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
     eta = args.sampler and float(args.sampler == "ddpm")
     said = {"steps": args.steps, "guidance": args.guidance, "eta": eta}
     said = {name: value for name, value in said.items() if value is not None}
-    how, out, seeds = replace(prompting.settings(tasks[0]), **said), Path(args.out), args.seeds
+    how, out, seeds = replace(prompting.settings(run, tasks[0]), **said), Path(args.out), args.seeds
     T, H, W = tasks[0].frames or len(tasks[0].known), *tasks[0].clip.shape[2:]
     names = [out.with_stem(f"{out.stem}_{seed}") for seed in seeds] if args.count > 1 else [out]
     times, strips = np.linspace(0, T - 1, min(9, T)).round().astype(int), [[] for _ in seeds]

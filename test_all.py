@@ -22,7 +22,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -54,10 +54,11 @@ from dit import DiT, DiTConfig
 from language import END, NOTHING, Language, LanguageConfig, LanguageModel, Tokenizer, asked
 from measure import bench, prompts, reader, tasks
 from measure import language as facts_said
+from measure import worlds as measure_worlds
 from training import batches, checkpoints, cost, items, loop, muon, processes, recaption, words
 from training import plot as plotting
 from vae import VAE, VAEConfig, from_blocks, to_blocks, to_float, to_uint8
-from worlds import folder, media
+from worlds import folder, game, media, room, wall
 from worlds.media import write_clip
 
 torch.set_num_threads(1)  # everything here is small: a second thread costs more than it brings
@@ -352,6 +353,20 @@ def test_caption_order_level_position_and_action_all_matter(small_dit):
         assert change.min() > 1e-4 and (which == 1 or change[1] > 2 * change[[0, 2]].max())
 
 
+def test_actions_turn_queries_and_keys_by_how_often_they_were_done(small_dit):
+    latents, texts = three_clips()
+    acts = [torch.randint(1, 4, (len(z[0]), 2), generator=random_state(k))
+            for k, z in enumerate(latents)]  # fmt: skip
+    packed = patches.pack(latents, texts, 2, 24, actions=acts)
+    turned = small_dit.turned(packed)
+    assert turned.shape[:2] == packed.text.shape and not turned[packed.text >= 0].any()
+    for clip, done in enumerate(acts):
+        count = torch.nn.functional.one_hot(done, 4)[..., 1:].sum(1).cumsum(0).float()
+        here = packed.is_patch & (packed.sample_id == clip)
+        time = packed.position[here][:, 0] - packed.position[here][:, 0].min()
+        assert close(turned[here], (count @ small_dit.turn)[time])
+
+
 @pytest.mark.parametrize("how", ["recomputed", "compiled"])
 def test_recomputed_and_compiled_blocks_give_the_same_gradients(how):
     if how == "compiled" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -566,7 +581,7 @@ def test_prompts_are_expanded_and_clips_captioned_each_by_itself(speaker):
 MOVING = Digits(WorldConfig(seed=5))
 
 
-@pytest.fixture(scope="module", params=["digits", "folder"])
+@pytest.fixture(scope="module", params=["digits", "folder", "wall", "room", "paint", "game"])
 def any_world(request, tmp_path_factory) -> data.World:
     """The folder has a film of two windows with a caption, a short one, and an image."""
     if (kind := request.param) == "folder":
@@ -578,9 +593,17 @@ def any_world(request, tmp_path_factory) -> data.World:
     return open_world(WorldConfig(kind, durations=(5, 9)))
 
 
+def plain(x):
+    """Arrays, wherever they are, as lists."""
+    if isinstance(x, dict):
+        return {name: plain(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [plain(value) for value in x]
+    return x.tolist() if isinstance(x, np.ndarray) else x
+
+
 def same(a: list[Clip], b: list[Clip]) -> bool:
-    pairs, names = list(zip(a, b, strict=True)), [f.name for f in fields(Clip)]
-    return all(np.array_equal(getattr(x, n), getattr(y, n)) for x, y in pairs for n in names)
+    return plain([vars(x) for x in a]) == plain([vars(x) for x in b])
 
 
 def test_a_number_is_the_same_clip_in_any_order_and_company(any_world):
@@ -622,6 +645,152 @@ def test_later_and_frames_show_parts_of_the_clip_from_its_start(any_world):
             assert whole.actions is None or np.array_equal(clip.actions, whole.actions[span])
 
 
+@pytest.mark.parametrize("kind", ["game", "paint", "room"])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_what_is_read_in_the_pixels_is_the_state(kind, beyond):
+    world = open_world(WorldConfig(kind, seed=3, beyond=beyond))
+    for clip in world.clips(np.arange(24), frames=40):
+        found, facts = world.read(clip.pixels), clip.facts
+        if kind == "room":
+            material, _, far = world.cast(facts)
+            facts = {"material": material, "height": (room.TALL / far).clip(0, room.HIGH / 2)}
+        assert found
+        for name, value in found.items():
+            assert np.abs(value.astype(float) - facts[name]).max() <= 0.05 * (name == "height")
+
+
+@pytest.mark.parametrize("kind", ["game", "paint", "room"])
+def test_a_step_is_a_function_of_state_and_action_and_each_action_counts(kind):
+    world = open_world(WorldConfig(kind, seed=4))
+    n, many = 40, len(world.actions)
+    state = world.begin(hashed_uniform(0, np.arange(n), 64))
+    before, after = plain(state), []
+    for action in range(1, many + 1):
+        done = [world.step(state, np.full(n, action)) for _ in range(2)]
+        assert plain(done[0]) == plain(done[1]) and plain(state) == before
+        after.append(world.render(done[0]))
+        (k,) = hashed_uniform(1, [action], 1)[0] * n
+        alone = world.step({name: x[[int(k)]] for name, x in state.items()}, np.array([action]))
+        assert np.array_equal(world.render(alone)[0], after[-1][int(k)])  # whoever is beside it
+    differ = np.array([[(a != b).any((1, 2, 3)).mean() for a in after] for b in after])
+    assert (differ[~np.eye(many, dtype=bool)] > 0.5).all()
+    # The same past, and from frame 5 on other actions.
+    ways = [world.clips(np.arange(8), frames=9, actions=np.full(9, k), after=5) for k in (1, 2)]
+    for a, b in zip(*ways, strict=True):
+        assert np.array_equal(a.pixels[:, :5], b.pixels[:, :5])
+        assert a.actions[5:].tolist() == [1] * 4 and b.actions[5:].tolist() == [2] * 4
+        assert a.actions[:5].tolist() == b.actions[:5].tolist()
+    assert any((a.pixels[:, 5:] != b.pixels[:, 5:]).any() for a, b in zip(*ways, strict=True))
+
+
+def alone(world, **changes) -> dict:
+    """The state of one clip, with some of it changed."""
+    state = world.begin(hashed_uniform(0, [0], 64))
+    return state | {name: np.array([value]) for name, value in changes.items()}
+
+
+def test_rays_meet_walls_and_pillars_where_geometry_says():
+    world, north = open_world(WorldConfig("room")), 4  # a quarter of 16 turns: along y
+    columns = np.deg2rad(room.VIEW / room.WIDE * (np.arange(room.WIDE) + 0.5 - room.WIDE / 2))
+    for y in (0.5, 2.0, 5.5):
+        state = alone(world, place=(3.0, y), heading=north, there=np.zeros(6, bool))
+        far = world.cast(state)[2][0]
+        expected = (room.ROOM - y) / np.cos(columns)
+        ahead = np.abs(3.0 - expected * np.sin(columns) - 3.0) < 3.0  # the others meet the sides
+        assert np.allclose(far[ahead], expected[ahead], rtol=1e-4) and ahead.sum() > 8
+    there = np.arange(6) == 0
+    pillars = np.tile((3.0, 5.0), (6, 1))
+    state = alone(world, place=(3.0, 1.0), heading=north, there=there, pillars=pillars)
+    lower, _, far = (x[0] for x in world.cast(state))
+    middle = room.WIDE // 2  # 1.4 degrees aside: by the law of cosines, a little more than 4 - r
+    aside = columns[middle]
+    root = room.PILLAR**2 - (4 * np.sin(aside)) ** 2
+    assert far[middle] == pytest.approx(4 * np.cos(aside) - root**0.5, rel=1e-4)
+    assert lower[middle] == state["paints"][0, 0] == lower[middle - 1]
+
+
+def test_who_turns_around_sees_the_same_and_nobody_walks_through_things():
+    world = open_world(WorldConfig("room", seed=1))
+    state = begun = world.begin(hashed_uniform(0, np.arange(50), 64))
+    for turn in range(16):
+        before, state = world.render(state), world.step(state, np.full(50, 5))
+        assert np.array_equal(world.render(state)[..., :-8], before[..., 8:])  # 22.5 of 90 degrees
+        assert (state["heading"] != begun["heading"]).all() == (turn < 15)
+    assert np.array_equal(world.render(state), world.render(begun))
+    for k in range(200):
+        state = world.step(state, 2 + (hashed_uniform(k, np.arange(50), 1)[:, 0] * 4).astype(int))
+        assert world.free(state, state["place"]).all()
+    assert np.linalg.norm(state["place"] - begun["place"], axis=1).max() > 2
+
+
+def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
+    world = open_world(WorldConfig("game"))
+    empty = np.zeros((game.ROWS, game.COLUMNS), bool)
+    wall = empty | (np.arange(game.ROWS) == 3)[:, None]  # in row 4 of the cells
+    free = {"bricks": wall, "layout": wall, "speed": 1, "paddle": 0}
+
+    def after(action: int = 1, **changes) -> dict:
+        state = world.step(alone(world, **free | changes), np.array([action]))
+        return {name: value[0].tolist() for name, value in state.items()}
+
+    for ball, sign, to, way in (
+        ((8, 5), (1, 1), [9, 6], [1, 1]), ((8, 0), (1, -1), [9, 0], [1, 1]),
+        ((8, 15), (-1, 1), [7, 15], [-1, -1]), ((13, 9), (1, 1), [8, 8], [1, 1]),  # lost
+        ((13, 0), (1, 1), [13, 1], [-1, -1]), ((13, 2), (1, -1), [13, 1], [-1, -1]),
+        ((13, 1), (1, 1), [13, 2], [-1, 1]),  # the half of the paddle says which way
+    ):  # fmt: skip
+        state = after(ball=ball, sign=sign)
+        assert (state["ball"], state["sign"], state["bricks"]) == (to, way, wall.tolist())
+    state = after(ball=(0, 5), sign=(-1, 1), bricks=empty, layout=empty)
+    assert (state["ball"], state["sign"]) == ([0, 6], [1, 1])
+    state = after(ball=(5, 4), sign=(-1, 1))
+    assert np.argwhere(wall & ~np.array(state["bricks"])).tolist() == [[3, 2]]
+    assert state["sign"] == [1, 1] and state["ball"] == [5, 5]
+    last = empty.copy()
+    last[3, 2] = True
+    assert after(ball=(5, 4), sign=(-1, 1), bricks=last)["bricks"] == wall.tolist()  # all again
+    for action, paddle in ((1, 4), (2, 3), (3, 5)):
+        assert after(action, ball=(8, 8), sign=(1, 1), paddle=4)["paddle"] == paddle
+    assert after(2, ball=(8, 8), sign=(1, 1))["paddle"] == 0
+    assert after(ball=(8, 8), sign=(1, 1), speed=2)["ball"] == [10, 10]
+
+
+def test_strokes_stay_and_the_eraser_bites():
+    world = open_world(WorldConfig("paint"))
+    state = alone(world, paper=np.zeros((16, 16), int), brush=(5, 5), down=False, tool=1)
+    for action in (5, 6, 5, 5, 3, 6, 5):  # right; down: right, right, down; lifted: right
+        state = world.step(state, np.array([action]))
+    painted = [[5, 6], [5, 7], [5, 8], [6, 8]]
+    assert np.argwhere(state["paper"][0] == 2).tolist() == painted
+    assert np.count_nonzero(state["paper"]) == 4 and state["brush"].tolist() == [[6, 9]]
+    for action in (7, 7, 7, 6):  # blue, then the eraser, which is put down
+        state = world.step(state, np.array([action]))
+    assert np.argwhere(state["paper"][0]).tolist() == [[5, 6], [5, 7]]
+    for _ in range(20):
+        state = world.step(state, np.array([2]))
+    assert state["brush"].tolist() == [[0, 9]]  # the edge of the paper
+
+
+def test_a_hidden_digit_goes_on_behind_its_wall():
+    config = WorldConfig("wall", 6, (33,), ((24, 64), (48, 32)), (), digit=12)
+    world, hidden = open_world(config), 0
+    for clip in world.clips(np.arange(60)):
+        ink = clip.pixels[0].copy()  # [T, H, W]
+        for upright, first, thick in clip.facts["walls"]:
+            part = (slice(None), slice(None), slice(first, first + thick))
+            part = part if upright else (part[0], part[2], part[1])
+            assert set(np.unique(ink[part])) == set(wall.LEVELS) and thick > 12
+            ink[part] = 0
+        hidden += sum(d["hidden"].sum() for d in clip.facts["digits"])
+        if len(clip.facts["digits"]) == 1:
+            gone = clip.facts["digits"][0]["hidden"]
+            assert (ink[gone] == 0).all()
+            seen = world.read(clip.pixels)
+            assert np.isnan(seen["box"][gone]).all()
+    assert hidden > 100
+    assert wall.hidden_runs(np.array([0, 1, 1, 0, 1], bool)) == [(1, 3), (4, 5)]
+
+
 def test_what_is_held_back_and_captioned_is_a_function_of_the_number(any_world):
     i = np.arange(min(len(any_world), 3000))
     for name in ("held_back", "labelled"):
@@ -654,12 +823,12 @@ def test_digits_bounce_as_in_a_simulation_step_by_step(extra):
     path, facts = MOVING.path(raw, size, frames), MOVING.describe(raw, size)
     for k, j in np.argwhere(raw["present"]):
         turns = 0
-        for axis, room in enumerate(extra):
+        for axis, space in enumerate(extra):
             place, velocity = raw["start"][k, j, axis], raw["velocity"][k, j, axis]
             for t in range(frames):
                 assert path[k, t, j, axis] == place
-                for _ in range(abs(velocity) * (room > 0) * (t + 1 < frames)):  # pixel by pixel
-                    if not 0 <= place + np.sign(velocity) <= room:  # behind the wall: turn round
+                for _ in range(abs(velocity) * (space > 0) * (t + 1 < frames)):  # pixel by pixel
+                    if not 0 <= place + np.sign(velocity) <= space:  # behind the wall: turn round
                         velocity, turns = -velocity, turns + 1
                     place += np.sign(velocity)
         assert facts[k]["digits"][j]["bounces"] == turns
@@ -1043,9 +1212,9 @@ def test_prompts_are_expanded_beside_what_is_known(toy_run, watched):
                 assert torch.allclose(ask.part[0], latent[0], atol=1e-4)
 
 
-def test_settings_go_by_what_is_known():
+def test_settings_go_by_what_is_known(toy_run):
     tasks = [prompting.edit(noise_clip(5), 0.5, ""), prompting.animate(noise_clip(1), 5, "")]
-    found = [prompting.settings(task) for task in tasks + tasks_beside(noise_clip(5), 5)]
+    found = [prompting.settings(toy_run, task) for task in tasks + tasks_beside(noise_clip(5), 5)]
     assert [how.guidance for how in found] == [4, 4, 2, 2, 1, 1]
     assert [how.eta for how in found] == [0, 0, 1, 1, 1, 1]
 
@@ -1291,7 +1460,7 @@ def test_train_then_sample_as_a_user_does(user_run):
     run = prompting.load_run(user_run, "cpu")  # command and function agree
     told = prompting.expand(run, [prompting.new(run, (9, 24, 40), "a 7 moving left")], [0])
     assert done.stdout == f"seed 0: {told[0].prompt!r}\nwrote seven.npy: 9 x 24 x 40\n"
-    steps = replace(prompting.settings(told[0]), steps=2)
+    steps = replace(prompting.settings(run, told[0]), steps=2)
     assert np.array_equal(prompting.finished(run, told, [0], steps)[0], made)
 
 
@@ -1613,12 +1782,15 @@ def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
             assert not held[clip.item] and (image or step >= 0.3 * acting.c.steps)
             assert (len(known) > 0) <= (past or made["given"][clip.item] > 0)
             assert (known <= batches.MOST_NOISE * past).all()  # known frames: 0
-            assert len(set(clip.level[clip.free])) == 1
+            rising = clip.level[clip.free]
+            assert (np.diff(rising) >= 0).all()
             kinds = {"images": image, "dropped": clip.text == [NOTHING], "acts": clip.acts,
-                     "conditioned": made.conditioned[clip.item]}  # fmt: skip
+                     "conditioned": made.conditioned[clip.item],
+                     "rising": len(rising) > 1 and rising[0] < rising[-1]}  # fmt: skip
             count.update([*(name for name, is_so in kinds.items() if is_so), "n"])
     share = {name: times / count["n"] for name, times in count.items()}
     assert 0.2 < share["images"] < 0.4 and 0.05 < share["dropped"] < 0.15
+    assert 0.3 < share["rising"] / (1 - share["images"]) < batches.RISING
     other = share["conditioned"] / (1 - share["images"])
     assert abs(other - acting.c.given - acting.c.later) < 0.05
     assert 0.85 < share["acts"] < 0.95
@@ -1658,6 +1830,11 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
     gone, entries[0]["caption"] = {x["file"] for x in entries[1:3]}, "mine, all mine"
     path.write_text("\n".join(map(json.dumps, entries[3:] + entries[:1])))
     assert write() == gone and recaption.read_lines(path)[entries[0]["file"]] == "mine, all mine"
+    whole = path.read_bytes()
+    for torn in (b'\n{"file": "cl', b"\n{"):  # a disk was full
+        path.write_bytes(whole + torn)
+        words.caption_items(SimpleNamespace(caption=caption), c, made, said, 4)
+        assert path.read_bytes() == whole + b"\n"
     written, kinds = recaption.read_lines(path), set()
     for k, text in enumerate(words.captions_of(world, c, made, said)):
         own = said[k].brief if brief[k] else said[k].caption or written[said[k].name]
@@ -2076,6 +2253,33 @@ def test_plots_and_sheets_show_what_they_are_given():
     page = np.asarray(data.sheet(clips, "abc", columns=2, scale=2, marks=[[True, False]] * 3))
     assert (page[20:36, 26:42] == data.enlarge(clips[0], 2)[1]).all()
     assert [(page[37:39, x] == (255, 190, 80)).all() for x in (8, 26)] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["wall", "room", "paint", "game"])
+def test_a_simulated_world_is_learned_prompted_and_measured(kind, tmp_path, monkeypatch, capsys):
+    """By the commands, and too shortly to learn anything."""
+    out, clip = tmp_path / kind, tmp_path / "clip.gif"
+    few = ["--items", "8", "--out", str(out), "--tokens", "416", "--durations", "9"]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    train.command(train.parse([*SMALL, "--world", kind, *few]))
+    about = torch.load(out / "dit.pt", weights_only=True)["world"]
+    assert (out / "gallery.gif").exists() and about["config"]["kind"] == kind
+    world = open_world(WorldConfig(**about["config"]))
+    write_clip(clip, world.clips([7], frames=9)[0].pixels)
+    flags = ["--run", str(out), "--steps", "2", "--out", str(tmp_path / "new.npy")]
+    if world.actions:
+        acts = ["--actions", f"{world.actions[1]}*2 {world.actions[0]}"]
+        assert sample.command(["--prompt", "", "--extend", str(clip), *acts, *flags]) == 0
+        assert len(np.load(tmp_path / "new.npy")) == 9 + 3
+        assert sample.command(["--prompt", "", "--actions", "random", *flags]) == 0
+    for name, value in (("LONG", 8), ("ENDLESS", 16), ("STILL", 16)):
+        monkeypatch.setattr(measure_worlds, name, value)
+    line = f"worlds --run {out} --clips 3 --steps 1"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
+    evaluate.main()
+    figures = json.loads((out / "worlds.json").read_text())
+    assert (out / "worlds.png").exists() and all(title.startswith(kind) for title in figures)
+    assert "frozen" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import diffusion
 import patches
 import prompting
-from data import Clip, World, WorldConfig, open_world, sheet
+from data import Clip, World, WorldConfig, open_world, sheet, world_class
 from dit import DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
 from sample import Parser
@@ -170,7 +170,8 @@ def parse(argv: list[str] | None = None) -> Config:
     preset = said.get("preset", "tiny")
     if preset not in PRESETS:
         parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
-    return replace(Config(), **(PRESETS[preset] | said))
+    kind = said.get("data") or said.get("world") or Config.world
+    return replace(Config(), **(world_class(kind).flags | PRESETS[preset] | said))
 
 
 def check(c: Config) -> None:
@@ -370,15 +371,17 @@ def train_dit(
         return sum(loss(averaged, part, batches.HELD_BACK)[0].item() for part in aside)
 
     def show(averaged: DiT, step: int) -> None:
-        said, size = world.prompts(12), (max(world.durations), *world.shapes[0])
-        said = [(prompt, size) for prompt, _ in said[::2] + said[-1:]]
-        gallery(replace(run, dit=averaged), said, c.folder / f"samples/{step:06d}.gif", 12)
+        shown = replace(run, dit=averaged)
+        tasks = played(world, 4) if world.actions else prompted(shown, world, 12)[::2]
+        gallery(shown, tasks, c.folder / f"samples/{step:06d}.gif", 12)
 
     facts = facts | {"model": asdict(dit.config), "words": run.tokenizer.words}
     stage = Stage("dit", dit, c.steps, c.lr, steps, loss, facts, show, measure=measure, large=True)
     averaged = fit(stage, c, c.folder, device)
     if rank() == 0:
-        gallery(replace(run, dit=averaged), world.prompts(12), c.folder / "gallery.gif")
+        shown = replace(run, dit=averaged)
+        tasks = played(world, 8) if world.actions else prompted(shown, world, 12)
+        gallery(shown, tasks, c.folder / "gallery.gif")
         print(f"wrote {c.folder / 'gallery.gif'}")
 
 
@@ -398,18 +401,35 @@ def can_compile(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------- what is shown
 
 
-def gallery(run: prompting.Run, said: list, path: Path, steps: int = 0) -> None:
-    """Clips of prompts and sizes, playing side by side; short ones start again."""
-    clips = [None] * len(said)
-    for size in dict.fromkeys(size for _, size in said):
-        group = [k for k, (_, other) in enumerate(said) if other == size]
-        tasks = [prompting.new(run, size, said[k][0]) for k in group]
-        how = prompting.settings(tasks[0])
-        how = replace(how, steps=steps or how.steps)
-        tasks = prompting.expand(run, tasks, group)
-        for k, clip in zip(group, prompting.finished(run, tasks, group, how), strict=True):
+def prompted(run: prompting.Run, world: World, n: int) -> list[prompting.Task]:
+    return [prompting.new(run, size, prompt) for prompt, size in world.prompts(n)]
+
+
+def played(world: World, n: int) -> list[prompting.Task]:
+    """Clips that nobody learned from, of which the start and all actions are known."""
+    i = np.flatnonzero(world.held_back(np.arange(len(world))))[:n]
+    T = max(world.durations)
+    clips = world.clips(i, frames=3 * T)
+    known = np.arange(3 * T) < T // 2
+    return [prompting.Task(x.pixels, known, x.caption, actions=x.actions) for x in clips]
+
+
+def gallery(run: prompting.Run, tasks: list[prompting.Task], path: Path, steps: int = 0) -> None:
+    """Clips that play side by side; short ones start again. Those with actions are below what
+    really happens."""
+    clips = [None] * len(tasks)
+    for size in dict.fromkeys(task.clip.shape for task in tasks):
+        group = [k for k, task in enumerate(tasks) if task.clip.shape == size]
+        some = [tasks[k] for k in group]
+        how = prompting.settings(run, some[0])
+        how = replace(how, steps=min(steps or how.steps, how.steps))
+        some = prompting.expand(run, some, group)
+        for k, clip in zip(group, prompting.finished(run, some, group, how), strict=True):
             clips[k] = clip
-    titles = [x if len(x) <= 44 else x[:41] + "..." for x, _ in said]
+    titles = [x.prompt if len(x.prompt) <= 44 else x.prompt[:41] + "..." for x in tasks]
+    for k in range(len(clips) - len(clips) % 4, -1, -4) if run.world["actions"] else ():
+        clips[k:k] = [task.clip for task in tasks[k : k + 4]]
+        titles[k:k] = ["what really happens"] * len(tasks[k : k + 4])
     scale = min(4, max(1, 192 // max(max(clip.shape[2:]) for clip in clips)))
     pages = [
         sheet([clip[:, [t % clip.shape[1]]] for clip in clips], titles, columns=4, scale=scale)

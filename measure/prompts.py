@@ -130,7 +130,7 @@ def make(run: prompting.Run, tasks: list[prompting.Task], seed: int, how: dict,
     for some in tqdm(batches([task.clip for task in tasks]), desc="making", leave=False):
         seeds, few = [1_000_000 * seed + k for k in some], [tasks[k] for k in some]
         few = prompting.expand(run, few, seeds) if expanded else few
-        settings = replace(prompting.settings(few[0]), **how)
+        settings = replace(prompting.settings(run, few[0]), **how)
         for k, clip in zip(some, prompting.finished(run, few, seeds, settings), strict=True):
             made[k] = clip
     return made

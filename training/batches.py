@@ -28,7 +28,11 @@ from prompting import noisy_past
 from training.items import Items
 from training.processes import deal, rank, ranks, seeded
 
-MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.CONTEXT`
+# Share of the clips with actions of which each frame has a level of its own, rising along the clip
+# (Chen et al. 2024, "Diffusion forcing"). With one level, only the first frame after a known past
+# follows from what can be seen; of a clip that gets noisier, each one does from the one before it.
+RISING = 0.75
+MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.Settings`
 DROPOUT = 0.1  # share of the captions, and of the actions, that are dropped: guidance needs that
 HELD_BACK = 10**6  # a step whose clips are only measured on
 
@@ -98,7 +102,8 @@ class Drawn:
 def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     """The batch of a step, on all processes, and which clips lie in which row."""
     c, items = source.c, source.items
-    u = np.random.default_rng([c.seed, 2, step]).random((c.rows * c.tokens // 10, 6))
+    random = np.random.default_rng([c.seed, 2, step])
+    u = random.random((c.rows * c.tokens // 10, 6))
     pools = source.pools[step >= HELD_BACK]  # images, clips, conditioned ones
     images = 1.0 if step < c.image_phase * c.steps or not len(pools[1]) else c.images
     images *= len(pools[0]) > 0
@@ -119,6 +124,9 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     for k, item in enumerate(pick[:n].tolist()):
         t, ahead, later = (int(items[name][item]) for name in ("t", "ahead", "later"))
         level, free, past = np.full(t, levels[k]), np.ones(t, bool), 0
+        if items["actions"][item] and random.random() < RISING:
+            rising = torch.from_numpy(np.sort(random.random(t)))
+            level = diffusion.shift_level(rising, c.shift).numpy()
         if items["given"][item]:
             free = ~items.held(item)
         if ahead:

@@ -112,7 +112,9 @@ def draw_plans(world: World, c) -> list[Plan]:
     )  # fmt: skip
     each = zip(clips, world.frames(i).tolist(), strict=True)
     others = [condition(x, c, frames) for x, frames in each if x.size[0] > 1 and c.later + c.given]
-    return [x for x in clips if x.size[0] > 1] + images + [x for x in others if x.conditioned]
+    videos = [x for x in clips if x.size[0] > 1]
+    images = images if c.images or c.image_phase or not videos else []  # or else nobody asks
+    return videos + images + [x for x in others if x.conditioned]
 
 
 # ------------------------------------------------------------------------------- encoding: a shard

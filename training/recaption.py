@@ -10,6 +10,7 @@ and edit. Where clips have no briefs, as in a folder of videos, it learns only t
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from data import World
 from language import LONGEST, Language, Tokenizer, asked
 from training.batches import Kinds, kinds, same_size
 from training.items import FARTHEST
-from training.processes import gathered, rank, ranks
+from training.processes import barrier, gathered, rank, ranks
 from vae import VAE, to_float
 from worlds.folder import parse_lines
 
@@ -132,6 +133,16 @@ def read_lines(path: Path) -> dict[str, str]:
     return captions
 
 
+def cut_torn_line(path: Path) -> None:
+    """A full disk leaves half a line at the end, which is to be written again. An editor may leave
+    a whole one without a newline."""
+    *_, last = path.read_bytes().rpartition(b"\n")
+    try:
+        json.loads(last or b"0")
+    except ValueError:
+        os.truncate(path, path.stat().st_size - len(last))
+
+
 @dataclass
 class Wanted:
     name: str  # what stands for a clip in captions.jsonl
@@ -144,6 +155,9 @@ def write_captions(language: Language, wanted: list[Wanted], see: Callable[[list
     """A line of captions.jsonl for every name that has none, and how many lines that were. Where a
     name is wanted twice, the last one counts. see: places in `wanted` -> latents [Z, t, h, w], or
     None; stopping: whether to stop early."""
+    if rank() == 0 and path.exists():
+        cut_torn_line(path)
+    barrier()
     listed, written, at_once = read_lines(path), 0, 256 * ranks()
     places = {one.name: k for k, one in enumerate(wanted) if one.name not in listed}
     todo = sorted(places.values(), key=lambda k: wanted[k].size)

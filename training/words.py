@@ -1,5 +1,6 @@
 """The words of each item: what came with its clip, what the captioner writes, what is learned."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ SHORT = 0.1  # share of the clips that keep their brief, so that short prompts w
 
 
 def words_of(world: World, items: Items) -> list[Clip]:
-    """What is known of each item's clip, without pixels."""
+    """What came with each item's clip."""
     words = [None] * len(items)
     for image in (False, True):
-        pick = np.flatnonzero((items["image"] > 0) == image)
-        said = world.told(items["number"][pick], image, items["later"][pick])
-        for k, clip in zip(pick, said, strict=True):
-            words[k] = clip
+        every = np.flatnonzero((items["image"] > 0) == image)
+        for pick in (every[k : k + 1000] for k in range(0, len(every), 1000)):
+            said = world.told(items["number"][pick], image, items["later"][pick])
+            for k, clip in zip(pick, said, strict=True):
+                words[k] = replace(clip, facts=None)
     return words
 
 

@@ -1,0 +1,128 @@
+"""A digital world: a game of bricks. All of it follows from the state and the keys.
+
+The picture has 16 x 16 cells of 2 x 2 pixels. The ball is one of them, and flies along diagonals, a
+cell a frame. Walls, the paddle and bricks reflect it; a brick that is hit vanishes. The half of the
+paddle that it hits says whether it goes on to the left or to the right. A lost ball comes back in
+the middle, on its way down to the right, and when no brick is left they are all there again.
+
+In training, one of three plays: one who follows the ball, mostly; one who presses keys at random,
+and holds them; one who stands still.
+"""
+
+import numpy as np
+
+from worlds.simulated import Simulated, State, chosen
+
+SIDE, CELL = 16, 2  # cells; pixels of a cell
+TOP, ROWS, WIDE = 1, 4, 2  # the first row of bricks, how many there are, cells of a brick
+COLUMNS, PADDLE, FLOOR = SIDE // WIDE, 4, 14  # bricks in a row; the paddle's width, and its row
+COLORS = {"red": (230, 60, 60), "orange": (240, 140, 30), "yellow": (225, 215, 40),
+          "green": (60, 200, 80), "blue": (70, 110, 240), "purple": (180, 70, 220)}  # fmt: skip
+PALETTE = np.array([(12, 12, 32), *COLORS.values(), (50, 190, 200), (255, 255, 255)], np.uint8)
+DARK, PLAYER, BALL = 0, len(PALETTE) - 2, len(PALETTE) - 1
+STYLES = ("the paddle follows the ball", "the paddle moves at random", "the paddle stands still")
+
+
+class Game(Simulated):
+    colors, actions = 3, ("stay", "left", "right")
+    flags = dict(durations=(13,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
+                 items=8000, given=0.15, later=0.6, vae_steps=500, steps=2500)  # fmt: skip
+    sampling = dict(steps=8, guidance=1.0, noise=0.1)
+    past = 0.7
+
+    def begin(self, u: np.ndarray) -> State:
+        """Anywhere in a game: some bricks are gone. What training never shows: other layouts, and a
+        faster ball."""
+        n, beyond, row, column = len(u), self.config.beyond, np.arange(ROWS), np.arange(COLUMNS)
+        rows = row < chosen(u[:, 0], (2, 3, 4))[:, None]  # [n, ROWS]
+        gaps = u[:, 8 : 8 + COLUMNS] < chosen(u[:, 1], (0.0, 0.3))[:, None]  # [n, COLUMNS]
+        layout = rows[:, :, None] & ~gaps[:, None]  # [n, ROWS, COLUMNS]
+        if beyond:
+            odd = (row[:, None] + column) % 2 == 0
+            hill = np.minimum(column, COLUMNS - 1 - column) >= row[::-1, None]
+            layout = np.where((u[:, 1] < 0.5)[:, None, None], odd, hill)
+        layout |= ~layout.any((1, 2), keepdims=True)
+        left = np.where(u[:, 2] < 0.3, 1.0, u[:, 3])[:, None, None]  # the share that is left
+        bricks = layout & (u[:, 16 : 16 + ROWS * COLUMNS].reshape(n, ROWS, COLUMNS) < left)
+        ball = np.column_stack([chosen(u[:, 4], range(6, 13)), chosen(u[:, 5], range(SIDE))])
+        sign = np.column_stack([chosen(u[:, 6], (-1, 1)), chosen(u[:, 7], (-1, 1))])
+        return {
+            "bricks": bricks,
+            "layout": layout,
+            "ball": ball,  # [n, 2]: its row and column
+            "sign": sign,  # [n, 2]: which way it goes
+            "speed": np.full(n, 2 if beyond else 1),  # cells a frame
+            "paddle": chosen(u[:, 49], range(SIDE - PADDLE + 1)),  # [n]: its left end
+            "palette": 1 + u[:, 50 : 50 + len(COLORS)].argsort()[:, :ROWS],  # of the rows
+            "style": chosen(u[:, 56], (0, 0, 0, 0, 1, 1, 1, 2)),
+            "done": np.ones(n, int),
+        }
+
+    def act(self, state: State, u: np.ndarray) -> np.ndarray:
+        aim = state["ball"][:, 1] - state["paddle"]  # 0 to PADDLE - 1: below the ball
+        follow = np.select([aim < 1, aim > PADDLE - 2], [2, 3], 1)
+        any_key = chosen(u[:, 1], (1, 2, 3))
+        follow = np.where(u[:, 0] < 0.15, any_key, follow)
+        held = np.where(u[:, 0] < 0.2, any_key, state["done"])
+        return np.choose(state["style"], [follow, held, 1])
+
+    def step(self, state: State, action: np.ndarray) -> State:
+        paddle = state["paddle"] + (action == 3) - (action == 2)
+        paddle = paddle.clip(0, SIDE - PADDLE)
+        ball, sign, bricks = (state[name].copy() for name in ("ball", "sign", "bricks"))
+        for k in range(state["speed"].max(initial=0)):
+            moving = k < state["speed"]
+            for axis in (1, 0):  # sideways, then up or down
+                to = ball.copy()
+                to[:, axis] += sign[:, axis]
+                hit = bricks & touched(to) & moving[:, None, None]
+                bricks &= ~hit
+                back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
+                if axis == 0:
+                    low, on = (to[:, 0] == FLOOR) & moving, to[:, 1] - paddle
+                    caught = low & (on >= 0) & (on < PADDLE)
+                    aside = np.where(2 * on >= PADDLE, 1, -1)
+                    sign[:, 1] = np.where(caught, aside, sign[:, 1])
+                    back |= caught
+                sign[:, axis] = np.where(back & moving, -sign[:, axis], sign[:, axis])
+                ball[:, axis] = np.where(moving & ~back, to[:, axis], ball[:, axis])
+            ball[low & ~caught], sign[low & ~caught] = (SIDE // 2, SIDE // 2), (1, 1)
+        cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
+        bricks = np.where(cleared[:, None, None], state["layout"], bricks)
+        return state | {"paddle": paddle, "ball": ball, "sign": sign, "bricks": bricks}
+
+    def render(self, state: State) -> np.ndarray:
+        n, wall = np.arange(len(state["ball"])), state["bricks"] * state["palette"][:, :, None]
+        cells = np.zeros((len(n), SIDE, SIDE), int)
+        cells[:, TOP : TOP + ROWS] = wall.repeat(WIDE, axis=2)
+        cells[n[:, None], FLOOR, state["paddle"][:, None] + np.arange(PADDLE)] = PLAYER
+        cells[n, state["ball"][:, 0], state["ball"][:, 1]] = BALL
+        return PALETTE[cells].repeat(CELL, axis=1).repeat(CELL, axis=2).transpose(0, 3, 1, 2)
+
+    def read(self, pixels: np.ndarray) -> State:
+        """A brick is where colour is, the ball is the brightest cell in all three colours, and the
+        paddle lies where its row looks most like it."""
+        x = pixels.astype(float).reshape(3, -1, SIDE, CELL, SIDE, CELL).mean((3, 5))
+        x = x.transpose(1, 2, 3, 0)  # [T, SIDE, SIDE, 3]
+        vivid = (x.max(3) - x.min(3))[:, TOP : TOP + ROWS]
+        vivid = vivid.reshape(len(x), ROWS, COLUMNS, WIDE).mean(3)
+        white = x.min(3).reshape(len(x), -1).argmax(1)
+        player = -np.abs(x[:, FLOOR] - PALETTE[PLAYER]).sum(2)  # [T, SIDE]
+        player = np.lib.stride_tricks.sliding_window_view(player, PADDLE, axis=1).sum(2).argmax(1)
+        ball = np.column_stack(np.unravel_index(white, (SIDE, SIDE)))
+        return {"bricks": vivid > 80, "ball": ball, "paddle": player}
+
+    def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
+        names = [[*COLORS][k - 1] for k in states["palette"][0]]
+        rows = [x for x, some in zip(names, states["layout"][0].any(1), strict=True) if some]
+        play = STYLES[states["style"][0]]
+        return f"a game of bricks: {', '.join(rows)}. {play}.", "a game of bricks"
+
+
+def touched(ball: np.ndarray) -> np.ndarray:
+    """In whose place a ball [n, 2] would be: bool [n, ROWS, COLUMNS]."""
+    rows, columns = TOP + np.arange(ROWS) == ball[:, :1], np.arange(COLUMNS) == ball[:, 1:] // WIDE
+    return rows[:, :, None] & columns[:, None]
+
+
+WORLD = Game

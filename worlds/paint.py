@@ -1,0 +1,159 @@
+"""A digital world: painting. What the brush does to the paper stays there.
+
+The paper has 16 x 16 cells of 2 x 2 pixels, and the brush is at one of them. While it is down, it
+marks this cell in its colour; the eraser, the last of its tools, takes a bite of 3 x 3 cells. The
+brush is seen as a ring around the cell, in a darker shade of its colour: all of the ring while it
+is down, only the corners while it is lifted. It hides no cell entirely, so a frame shows it all.
+
+In training, one of three paints: one who draws lines; one who draws squares; one who presses keys
+at random, and holds them. The first two press a random key now and then.
+"""
+
+import numpy as np
+
+from worlds.simulated import Simulated, State, chosen
+
+SIDE, CELL = 16, 2  # cells of the paper; pixels of a cell
+COLORS = {"red": (225, 35, 60), "yellow": (250, 200, 0),
+          "green": (40, 190, 90), "blue": (50, 100, 245)}  # fmt: skip
+TOOLS, ERASER = (*COLORS, "the eraser"), len(COLORS)
+CELLS = np.array([(245, 242, 230), *COLORS.values()], np.uint8)  # clean, and painted
+RINGS = np.array([*0.55 * CELLS[1:], (200, 0, 200)]).astype(np.uint8)  # of each tool
+EDGE = np.array([True, False, False, True])
+SHOWN = np.stack([EDGE[:, None] & EDGE, EDGE[:, None] | EDGE])  # of a ring: lifted, down
+FIGURES, DRAWN, LEGS = 11, 5, 5  # of a plan; of a figure: its random numbers, and its goals
+WAYS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
+STYLES = ("the brush draws lines", "the brush draws squares", "the brush wanders")
+KEYS = (1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 7)  # what a random key is one of
+
+
+class Paint(Simulated):
+    colors = 3
+    actions = ("stay", "up", "down", "left", "right", "lift or lower", "next colour")
+    flags = dict(durations=(13,), time_factor=1, channels=6, images=0.0, image_phase=0.0,
+                 items=8000, given=0.15, later=0.6, vae_steps=900, steps=2500)  # fmt: skip
+    sampling = dict(steps=8, guidance=1.0, noise=0.1)
+    past = 0.7
+
+    def begin(self, u: np.ndarray) -> State:
+        """In the middle of a plan: its first figures are on the paper. What training never shows:
+        a paper full of diagonal stripes."""
+        each, own = u[:, : FIGURES * DRAWN].reshape(-1, FIGURES, DRAWN), u[:, FIGURES * DRAWN :]
+        style, first = chosen(own[:, 0], (0, 0, 0, 1, 1, 1, 2, 2)), chosen(own[:, 1], range(2, 8))
+        earlier = np.arange(FIGURES) < first[:, None]  # these are lines and squares
+        way = chosen(each[..., 0], range(8))  # from 4 on: a square
+        way = np.where(earlier, way, way % 4 + 4 * (style == 1)[:, None])
+        tool = chosen(each[..., 1], (0, 0, 1, 1, 2, 3, 4)).cumsum(1) % len(TOOLS)
+        # A figure starts near the one before, on a walk that the edges of the paper reflect.
+        walk = chosen(each[..., 2:4], range(-4, 5)).cumsum(1)
+        walk += chosen(own[:, None, 2:4], range(SIDE)) + SIDE - 1
+        start = np.abs(walk % (2 * SIDE - 2) - SIDE + 1)  # [n, FIGURES, 2]
+        end = start + chosen(each[..., 4], range(2, 9))[..., None] * WAYS[way]
+        end = np.where((end < 0) | (end >= SIDE), 2 * start - end, end)  # to where there is room
+        paper = np.zeros((len(u), SIDE, SIDE), int)
+        for k in range(first.max(initial=0)):
+            paper = painted(paper, start[:, k], end[:, k], tool[:, k], earlier[:, k])
+        if self.config.beyond:
+            sign, shift = chosen(own[:, 4:5], (-1, 1)), chosen(own[:, 5:6], range(12))
+            along = np.arange(SIDE)[:, None] + (sign * np.arange(SIDE) + shift)[:, None]
+            paper = np.where(along % 3 < 2, 1 + along // 3 % len(COLORS), 0)
+        plan, at = goals(start, end, tool, way), LEGS * first + chosen(own[:, 6], range(LEGS))
+        row, column, down, tool = plan[np.arange(len(u)), at - 1].T
+        brush, down = np.column_stack([row, column]), down > 0
+        return {
+            "paper": painted(paper, brush, brush, tool, down),  # [n, SIDE, SIDE]: 0 is clean
+            "brush": brush,  # [n, 2]: the row and column of its cell
+            "down": down,
+            "tool": tool,
+            "plan": plan,  # [n, FIGURES * LEGS, 4]: row, column, down and tool to reach
+            "at": at,  # [n]: which of these is next
+            "style": style,
+            "done": np.ones(len(u), int),
+        }
+
+    def act(self, state: State, u: np.ndarray) -> np.ndarray:
+        goal = state["plan"][np.arange(len(u)), state["at"]]
+        away = goal[:, :2] - state["brush"]
+        row, column = np.where(away[:, 0] < 0, 2, 3), np.where(away[:, 1] < 0, 4, 5)
+        wrong = [goal[:, 2] != state["down"], goal[:, 3] != state["tool"], *(away != 0).T]
+        planned = np.select(wrong, [6, 7, row, column], 1)
+        any_key, moves = chosen(u[:, 1], KEYS), (state["done"] > 1) & (state["done"] < 6)
+        held = np.where(moves & (u[:, 0] < 0.7), state["done"], any_key)
+        return np.where(state["style"] == 2, held, np.where(u[:, 0] < 0.12, any_key, planned))
+
+    def step(self, state: State, action: np.ndarray) -> State:
+        row = (action == 3).astype(int) - (action == 2)
+        column = (action == 5).astype(int) - (action == 4)
+        brush = (state["brush"] + np.column_stack([row, column])).clip(0, SIDE - 1)
+        down, tool = state["down"] ^ (action == 6), (state["tool"] + (action == 7)) % len(TOOLS)
+        paper, at = painted(state["paper"], brush, brush, tool, down), state["at"]
+        now, k = np.column_stack([brush, down, tool]), np.arange(len(at))
+        for _ in range(LEGS):  # goals of a line coincide
+            at = (at + (state["plan"][k, at] == now).all(1)) % (FIGURES * LEGS)
+        return state | {"paper": paper, "brush": brush, "down": down, "tool": tool, "at": at}
+
+    def render(self, state: State) -> np.ndarray:
+        frames = CELLS[state["paper"]].repeat(CELL, axis=1).repeat(CELL, axis=2)
+        frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)))  # a ring may leave the picture
+        place = around(state["brush"])
+        shown = SHOWN[state["down"].astype(int)][..., None]  # [n, 4, 4, 1]
+        frames[place] = np.where(shown, RINGS[state["tool"]][:, None, None], frames[place])
+        return frames[:, 1:-1, 1:-1].transpose(0, 3, 1, 2)
+
+    def read(self, pixels: np.ndarray) -> State:
+        """The brush is where pixels look most like its ring and least like paint; a blurred ring is
+        a lighter one. A cell is what its pixels look most like, but for those of the ring."""
+        x = pixels.swapaxes(0, 1)  # [T, 3, H, W]
+        cells, rings = unlike(x, CELLS), unlike(x, RINGS)
+        rings = np.minimum(rings, unlike(x, 0.7 * RINGS + 0.3 * CELLS[0]))
+        gain = np.pad(cells.min(1, keepdims=True) - rings, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        gain = np.lib.stride_tricks.sliding_window_view(gain, (4, 4), (2, 3))[:, :, ::CELL, ::CELL]
+        score = np.einsum("tkrcyx,dyx->trcdk", gain, SHOWN)
+        best = score.reshape(len(x), -1).argmax(1)
+        row, column, down, tool = np.unravel_index(best, score.shape[1:])
+        brush = np.column_stack([row, column])
+        bare = np.ones((len(x), CELL * SIDE + 2, CELL * SIDE + 2), bool)
+        bare[around(brush)] = ~SHOWN[down]
+        cells = (cells * bare[:, None, 1:-1, 1:-1]).reshape(-1, len(CELLS), SIDE, CELL, SIDE, CELL)
+        paper = cells.sum((3, 5)).argmin(1)
+        return {"paper": paper, "brush": brush, "down": down > 0, "tool": tool}
+
+    def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
+        used = dict.fromkeys(states["tool"][states["down"]].tolist())  # in this order
+        used = ", ".join(TOOLS[k] for k in used) or "nothing new"
+        return f"a painting: {used}. {STYLES[states['style'][0]]}.", "a painting"
+
+
+def painted(paper: np.ndarray, start, end, tool: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """The paper [n, SIDE, SIDE] after tools went along the square, or line, with the corners start
+    and end [n, 2], where they were down."""
+    low, high = np.minimum(start, end)[..., None], np.maximum(start, end)[..., None]  # [n, 2, 1]
+    outside = np.maximum(low - np.arange(SIDE), np.arange(SIDE) - high)  # of its rows, its columns
+    away = np.abs(np.maximum(outside[:, 0, :, None], outside[:, 1, None]))  # [n, SIDE, SIDE]
+    touched = (away <= (tool == ERASER)[:, None, None]) & down[:, None, None]
+    return np.where(touched, (tool + 1)[:, None, None] % len(TOOLS), paper)
+
+
+def goals(start: np.ndarray, end: np.ndarray, tool: np.ndarray, way: np.ndarray) -> np.ndarray:
+    """What a brush is to reach, in this order: lifted, where a figure starts; then, down, corner by
+    corner of a square, or the end of a line. [n, FIGURES * LEGS, 4]"""
+    back = np.where(way[..., None] > 3, start, end)
+    turn, last = (np.stack([x[..., 0], y[..., 1]], -1) for x, y in ((end, start), (back, end)))
+    place = np.stack([start, turn, end, last, back], 2)  # [n, FIGURES, LEGS, 2]
+    down = np.broadcast_to(np.arange(LEGS) > 0, place.shape[:3])
+    tool = np.broadcast_to(tool[..., None], place.shape[:3])
+    return np.concatenate([place, down[..., None], tool[..., None]], 3).reshape(len(place), -1, 4)
+
+
+def around(brush: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where the 4 x 4 pixels around cells [n, 2] are, with one more on each side of the picture."""
+    y, x = CELL * brush.T[..., None, None]
+    return np.arange(len(brush))[:, None, None], y + np.arange(4)[:, None], x + np.arange(4)
+
+
+def unlike(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """How far pixels [T, 3, H, W] are from each of the colours: [T, colours, H, W]."""
+    return np.stack([((pixels - c[:, None, None]) ** 2).sum(1) for c in colors.astype(float)], 1)
+
+
+WORLD = Paint

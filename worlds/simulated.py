@@ -1,0 +1,105 @@
+"""Simulated worlds: what happens next is a function of the state and of what is done.
+
+The problem. To say whether a network has learned how a world works, one must know how it works:
+what happens behind a wall, or what another key would have done. Of real videos nobody knows.
+
+The idea. A world here is four functions over states of n clips at once (a dict of arrays [n, ...]):
+
+    begin(u)  u [n, draws] in [0, 1) -> state          where a clip starts
+    act(state, u) -> actions [n]                       who plays
+    step(state, actions) -> state                      what happens: no chance in it
+    render(state) -> pixels [n, C, H, W]               what is seen
+
+and `read`, which finds the state again in pixels alone: in ours, or in what a network makes. Clip i
+is then a pure function of (seed, i), as `data.World` asks, and what it would have been under other
+actions is known, too.
+"""
+
+import numpy as np
+
+from data import Clip, World, WorldConfig, hashed_uniform
+
+DRAWS = 64  # random numbers that decide where a clip starts; as many again for each frame that is
+
+State = dict[str, np.ndarray]
+
+
+class Simulated(World):
+    size = (32, 32)  # H, W
+
+    def __init__(self, config: WorldConfig):
+        super().__init__(config)
+        self.fps, self.shapes, self.image_shapes = config.fps, (self.size,), ()
+
+    def begin(self, u: np.ndarray) -> State:
+        raise NotImplementedError
+
+    def act(self, state: State, u: np.ndarray) -> np.ndarray:
+        """What the one who plays does next: [n]. u [n, 4] is random."""
+        raise NotImplementedError
+
+    def step(self, state: State, action: np.ndarray) -> State:
+        """The state a frame later. action [n]: 1, 2, ... in the order of `actions`."""
+        raise NotImplementedError
+
+    def render(self, state: State) -> np.ndarray:
+        """[n, C, H, W] uint8."""
+        raise NotImplementedError
+
+    def read(self, pixels: np.ndarray) -> State:
+        """The state of each frame from its pixels [C, T, H, W] alone: arrays [T, ...], by the names
+        that they have in a state."""
+        raise NotImplementedError
+
+    def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
+        """A clip's caption and brief. Arrays are [T, ...]."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------ the contract of clips
+
+    def sizes(self, i, image: bool = False) -> np.ndarray:
+        u = hashed_uniform(self.config.seed, i, 2)
+        T, shapes = np.array((1,) if image else self.durations), np.array(self.shapes)
+        T, shapes = (x[(k * len(x)).astype(int)] for x, k in zip((T, shapes), u.T, strict=True))
+        return np.column_stack([T, shapes])  # [n, 3]
+
+    def played(self, i, frames: int, actions=None, after: int = 1) -> tuple[State, np.ndarray]:
+        """Clips i [n] from their start: states [frames, n, ...], actions [frames, n]. With actions
+        [frames], those are done before each frame from `after` on."""
+        u = hashed_uniform(self.config.seed, i, 2 + DRAWS + 4 * frames)[:, 2:]
+        state, done = self.begin(u[:, :DRAWS]), np.zeros(len(u), int)
+        states, done_by = [], []
+        for random in u[:, DRAWS:].reshape(len(u), frames, 4).swapaxes(0, 1):
+            states.append(state)
+            done_by.append(done)
+            done = self.act(state, random)
+            if actions is not None and len(states) >= after and len(states) < frames:
+                done = np.full(len(u), actions[len(states)])
+            state = self.step(state | {"done": done}, done)
+        return {k: np.stack([s[k] for s in states]) for k in states[0]}, np.stack(done_by)
+
+    def told(self, i, image: bool = False, later=0, frames: int | None = None) -> list[Clip]:
+        return self.clips(i, image, later, frames, pixels=False)
+
+    def clips(
+        self, i, image=False, later=0, frames=None, pixels: bool = True, actions=None, after=1
+    ) -> list[Clip]:
+        """As the contract says; with actions [T] from the frame `after` on, if there are any."""
+        i, T = np.asarray(i), self.sizes(i, image)[:, 0]
+        T, later = (np.broadcast_to(x, len(i)) for x in (frames or T, later))
+        states, done = self.played(i, int((later + T).max(initial=0)), actions, after)
+        clips = []
+        for k, (first, last) in enumerate(zip(later, later + T, strict=True)):
+            own = {name: value[first:last, k] for name, value in states.items()}
+            name = f"{'image' if image else 'clip'} {i[k]} of seed {self.config.seed}"
+            said = self.describe(own, done[first:last, k])
+            seen = self.render(own).swapaxes(0, 1) if pixels else None  # [C, T, H, W]
+            clip = Clip(name + f", from frame {first}" * bool(first), *said, seen, facts=own)
+            clip.actions = done[first:last, k] if self.actions else None
+            clips.append(clip)
+        return clips
+
+
+def chosen(u: np.ndarray, among) -> np.ndarray:
+    """One of `among` for each u in [0, 1)."""
+    return np.asarray(among)[(np.asarray(u) * len(among)).astype(int)]
