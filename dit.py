@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attention
 
+TURN = 5.0  # angles of actions are learned so many times faster than other parameters
 MOST_WORDS = 256  # tokens of a caption; longer ones are an error, since they would share a place
 
 
@@ -172,7 +173,7 @@ class DiT(nn.Module):
         total = done.cumsum(0)
         first = torch.searchsorted(layout.frame_clip, layout.frame_clip)  # of the clip: its text
         count = (total - total[first]).to(self.turn)
-        return F.embedding(layout.frame_id, count @ self.turn)
+        return F.embedding(layout.frame_id, count @ (TURN * self.turn))
 
     def forward(self, tokens: Tensor, level: Tensor, layout) -> Tensor:
         """tokens [B, L, inputs], level [F] -> the prediction [B, L, outputs], of patches only."""

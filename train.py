@@ -409,8 +409,7 @@ def played(world: World, n: int) -> list[prompting.Task]:
     """Clips that nobody learned from, of which the start and all actions are known."""
     i = np.flatnonzero(world.held_back(np.arange(len(world))))[:n]
     T = max(world.durations)
-    clips = world.clips(i, frames=3 * T)
-    known = np.arange(3 * T) < T // 2
+    clips, known = world.clips(i, frames=T + 24), np.arange(T + 24) < (T + 1) // 2
     return [prompting.Task(x.pixels, known, x.caption, actions=x.actions) for x in clips]
 
 
@@ -507,7 +506,7 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
     """What the transformer learns from: items, and the caption of each as tokens."""
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    return batches.Source(made, texts, world.held_back(made["number"]), c)
+    return batches.Source(made, texts, world.held_back(made["number"]), c, world.past)
 
 
 def dry_run(c: Config, steps: int = 4) -> str:

@@ -31,7 +31,7 @@ from training.processes import deal, rank, ranks, seeded
 # Share of the clips with actions of which each frame has a level of its own, rising along the clip
 # (Chen et al. 2024, "Diffusion forcing"). With one level, only the first frame after a known past
 # follows from what can be seen; of a clip that gets noisier, each one does from the one before it.
-RISING = 0.75
+RISING = 0.5
 MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.Settings`
 DROPOUT = 0.1  # share of the captions, and of the actions, that are dropped: guidance needs that
 HELD_BACK = 10**6  # a step whose clips are only measured on
@@ -71,6 +71,7 @@ class Source:
     texts: list[list[int]]  # the caption of each item, as token ids
     held: np.ndarray  # bool [n]: items that are only measured on
     c: object  # train.Config
+    past: float = 0.5  # World.past: how long pasts are, on average
 
     def __post_init__(self):
         image, grid = self.items["image"] > 0, [self.items[name] for name in "thw"]
@@ -130,7 +131,7 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
         if items["given"][item]:
             free = ~items.held(item)
         if ahead:
-            past = 1 + int(u[k, 3] * (t - 1))
+            past = 1 + int(u[k, 3] ** (1 / source.past - 1) * (t - 1))
             free[:past] = False
         level = np.where(free, level, MOST_NOISE * u[k, 4] * bool(ahead))
         acts, frame = u[k, 5] >= DROPOUT, int(source.frame[item])

@@ -30,10 +30,10 @@ KEYS = (1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 7)  # what a random key is one of
 class Paint(Simulated):
     colors = 3
     actions = ("stay", "up", "down", "left", "right", "lift or lower", "next colour")
-    flags = dict(durations=(13,), time_factor=1, channels=6, images=0.0, image_phase=0.0,
-                 items=8000, given=0.15, later=0.6, vae_steps=900, steps=2500)  # fmt: skip
+    flags = dict(durations=(5,), time_factor=1, channels=6, images=0.0, image_phase=0.0,
+                 items=12_000, given=0.03, later=0.9, vae_steps=900, steps=2500)  # fmt: skip
     sampling = dict(steps=8, guidance=1.0, noise=0.1)
-    past = 0.7
+    past = 0.8  # all but the last frame
 
     def begin(self, u: np.ndarray) -> State:
         """In the middle of a plan: its first figures are on the paper. What training never shows:
@@ -117,6 +117,11 @@ class Paint(Simulated):
         cells = (cells * bare[:, None, 1:-1, 1:-1]).reshape(-1, len(CELLS), SIDE, CELL, SIDE, CELL)
         paper = cells.sum((3, 5)).argmin(1)
         return {"paper": paper, "brush": brush, "down": down > 0, "tool": tool}
+
+    @staticmethod
+    def lasting(caption: str) -> str:
+        """What is painted is seen, and who paints may change."""
+        return caption.partition(":")[0]
 
     def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
         used = dict.fromkeys(states["tool"][states["down"]].tolist())  # in this order

@@ -1,0 +1,325 @@
+"""Play: walk into a trained world, live in a browser, beside the real one.
+
+The problem. A clip that a model made can be admired, and is soon forgotten. A world model has
+learned a world if one can act in it.
+
+The idea. A key is an action in two worlds. The real one computes what happens. The model makes one
+more frame after those that it made before, in a few steps of denoising:
+
+    key -> action -> world.step -> world.render                                  -> the real one
+                  -> past latents, a little noisy | noise -> DiT -> VAE decoder  -> the model's
+
+The past stays in latents and the decoder goes on from its cache, so a frame costs one small window,
+whatever was played before. Worlds without actions are watched: the prompt says what goes on.
+
+The server is Python's own and listens on 127.0.0.1 alone. Run `python play.py --run out/game`, or
+with --bench to see how fast it is.
+"""
+
+import argparse
+import base64
+import json
+import resource
+import sys
+import tempfile
+import threading
+import time
+import webbrowser
+from collections import deque
+from dataclasses import replace
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+
+import prompting
+from data import HERE, WorldConfig, open_world, sheet
+from prompting import Batch, Run, Task, Window, settings, trained_window
+from sample import Parser
+from vae import to_float, to_uint8
+from worlds.media import write_gif
+
+UNSEEN = 2 * 10**6  # added to a run's seed: games that nobody learned from
+MOST, IDLE = 8, 60  # sessions at once; seconds after which one that nobody plays may end
+KEPT = 600  # frames for a recording
+FOREVER = 10**5  # frames of a world that is watched
+
+
+class Game:
+    """One player's two worlds."""
+
+    def __init__(self, run: Run, number: int = 0, prompt: str = ""):
+        config = WorldConfig(**run.world["config"])
+        self.run, self.world = run, open_world(replace(config, seed=config.seed + UNSEEN))
+        self.generator, self.number = torch.Generator().manual_seed(number), number
+        self.shown, self.errors, self.prompt = deque(maxlen=KEPT), [], prompt
+        self.window, self.lock, self.used = trained_window(run), threading.Lock(), time.time()
+        self.how = settings(run, Task(np.zeros((1, 1, 1, 1)), np.zeros(1, bool), ""))
+        if not self.world.actions:
+            size = max(run.world["durations"]), *run.world["shapes"][0]
+            self.prompt = prompt or self.world.prompts(number + 1)[-1][0]
+            (first,) = prompting.expand(run, [prompting.new(run, size, self.prompt)], [number])
+            task = prompting.new(run, (FOREVER, *size[1:]), first.prompt)
+            self.made, self.waiting = prompting.complete(run, [task], [number]), deque()
+            return
+        (clip,) = self.world.clips([number], frames=self.window)
+        self.prompt = run.lasting(prompt or clip.caption)
+        self.state = {name: value[-1:] for name, value in clip.facts.items()}
+        self.real = deque(clip.pixels.swapaxes(0, 1), maxlen=self.window)  # frames [C, H, W]
+        self.actions = deque(clip.actions.tolist(), maxlen=self.window)
+        self.resync()
+
+    @torch.no_grad()
+    def resync(self) -> None:
+        """Give the model the truth: from here on, the past is the real one."""
+        video = to_float([np.stack(self.real, axis=1)]).to(self.run.device)
+        self.past = self.run.vae.encode(video)  # [1, Z, window, h, w]
+        vae = self.run.vae
+        _, self.cache = vae.reconstruct(self.past * vae.std + vae.mean)
+
+    def step(self, action: int, how: dict) -> dict:
+        """Both worlds a frame on: "model" and "real" [C, H, W], and of all that can be read in the
+        model's frame the share that is wrong."""
+        self.used = time.time()
+        if not self.world.actions:
+            if not self.waiting:
+                self.waiting.extend(next(self.made)[0].swapaxes(0, 1))
+            self.shown.append((self.waiting.popleft(), None))
+            return {"model": self.shown[-1][0]}
+        self.state = self.world.step(self.state, np.array([action]))
+        self.real.append(self.world.render(self.state)[0])
+        self.actions.append(action)
+        made = self.imagine(how)
+        read = [self.world.read(x[:, None]) for x in (made, self.real[-1])]
+        wrong = [np.mean(np.abs(read[0][name].astype(float) - value) > 0.5)
+                 for name, value in read[1].items()]  # fmt: skip
+        self.errors.append(float(np.mean(wrong)))
+        self.shown.append((made, self.real[-1]))
+        return {"model": made, "real": self.real[-1], "error": self.errors[-1]}
+
+    @torch.no_grad()
+    def imagine(self, how: dict) -> np.ndarray:
+        """The model's next frame [C, H, W]."""
+        n, vae = self.window, self.run.vae
+        C, H, W = self.real[-1].shape
+        blank = np.zeros((C, n, H, W), np.uint8)
+        task = Task(blank, np.zeros(n, bool), self.prompt, actions=np.array(self.actions))
+        window = Window(0, np.arange(n) < n - 1, (n - 1, n), n - 1, 1)
+        batch = Batch(self.run, [task], replace(self.how, **how), blank[None])
+        latent = batch.denoise(window, [self.generator], self.past[:, :, 1:], None)
+        self.past = torch.cat([self.past[:, :, 1:], latent[:, :, -1:]], dim=2)
+        video, self.cache = vae.reconstruct(latent[:, :, -1:] * vae.std + vae.mean, self.cache)
+        return to_uint8(video)[0, :, -1]
+
+    def recording(self) -> bytes:
+        """What was played, both worlds side by side, as a GIF."""
+        if not self.shown:
+            raise ValueError("nothing was played yet")
+        pages = []
+        for pair in self.shown:
+            clips = [x[:, None] for x in pair if x is not None]
+            titles = ["the model", "the real one"][: len(clips)]
+            pages.append(sheet(clips, titles, columns=2, scale=4))
+        with tempfile.TemporaryDirectory() as folder:
+            write_gif(path := Path(folder, "play.gif"), pages, self.run.world["fps"])
+            return path.read_bytes()
+
+
+# --------------------------------------------------------------------------------------- the server
+
+
+@cache
+def load(run: str) -> Run:
+    return prompting.load_run(run)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, port: int, runs: list[str]):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.runs, self.games, self.lock = runs, {}, threading.Lock()
+
+    def begin(self, asked: dict) -> dict:
+        name, number = asked.get("run", self.runs[0]), asked.get("number", 0)
+        if name not in self.runs or not isinstance(number, int) or not 0 <= number < 10**9:
+            raise ValueError("a new world needs a run of this server, and a number")
+        with self.lock:
+            game = Game(load(name), number, str(asked.get("prompt", ""))[:500])
+            old = sorted(self.games, key=lambda name: self.games[name].used)
+            for k in old[: max(0, len(old) + 1 - MOST)]:
+                del self.games[k]
+            self.games = {k: x for k, x in self.games.items() if time.time() - x.used < IDLE}
+            self.games[name := uuid4().hex] = game
+        said = {"session": name, "actions": game.world.actions, "prompt": game.prompt}
+        return said | {"steps": game.how.steps, "noise": game.how.noise}
+
+    def game(self, asked: dict) -> Game:
+        if (game := self.games.get(asked.get("session"))) is None:
+            raise ValueError("this session has ended, or never was: begin a new one")
+        return game
+
+    def act(self, asked: dict) -> dict:
+        game, action = self.game(asked), asked.get("action", 1)
+        steps, noise = asked.get("steps", game.how.steps), asked.get("noise", game.how.noise)
+        if not isinstance(action, int) or not 1 <= action <= max(1, len(game.world.actions)):
+            raise ValueError(f"action {action}: from 1 to {len(game.world.actions)}")
+        if not isinstance(steps, int) or not 1 <= steps <= 100:
+            raise ValueError(f"steps {steps}: from 1 to 100")
+        if not isinstance(noise, int | float) or not 0 <= noise <= 0.9:
+            raise ValueError(f"noise {noise}: from 0 to 0.9")
+        with game.lock:
+            if asked.get("resync") and game.world.actions:
+                game.resync()
+            made = game.step(action, {"steps": steps, "noise": noise})
+        return {name: x if isinstance(x, float) else as_pixels(x) for name, x in made.items()}
+
+
+def as_pixels(frame: np.ndarray) -> dict:
+    """[C, H, W] -> what a canvas takes."""
+    rgb = np.broadcast_to(frame, (3, *frame.shape[1:])).transpose(1, 2, 0)
+    text = base64.b64encode(np.ascontiguousarray(rgb).tobytes()).decode()
+    return {"height": frame.shape[1], "width": frame.shape[2], "rgb": text}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def ours(self) -> bool:
+        """Another site's page must not drive this server, under whatever name it found it."""
+        port = self.server.server_address[1]
+        mine = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in mine and origin in (None, *(f"http://{x}" for x in mine)):
+            return True
+        self.close_connection = True
+        self.answer(403, "text/plain", b"only pages of this machine may play here\n")
+        return False
+
+    def do_GET(self) -> None:
+        if not self.ours():
+            return
+        path, _, session = self.path.partition("?session=")
+        try:
+            if path == "/":
+                page = (HERE / "assets" / "play.html").read_bytes()
+                page = page.replace(b"RUNS", json.dumps(self.server.runs).encode())
+                self.answer(200, "text/html; charset=utf-8", page)
+            elif path == "/play.gif":
+                game = self.server.game({"session": session})
+                with game.lock:
+                    made = game.recording()
+                self.answer(200, "image/gif", made)
+            else:
+                self.answer(404, "text/plain", b"there is only one page here: /\n")
+        except ValueError as error:
+            self.answer(400, "text/plain", f"{error}\n".encode())
+
+    def do_POST(self) -> None:
+        if not self.ours():
+            return
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+            if not 0 <= length <= 4096:
+                raise ValueError("a request has at most 4,096 bytes")
+            asked = json.loads(self.rfile.read(length) or b"{}")
+            if not isinstance(asked, dict):
+                raise ValueError("a request is a JSON object")
+            if self.path == "/new":
+                said = self.server.begin(asked)
+            elif self.path == "/step":
+                said = self.server.act(asked)
+            elif self.path == "/end":
+                said = {"ended": self.server.games.pop(asked.get("session"), None) is not None}
+            else:
+                raise ValueError("there are /new, /step and /end")
+            self.answer(200, "application/json", json.dumps(said).encode())
+        except (ValueError, TypeError) as error:
+            self.close_connection = True
+            self.answer(400, "text/plain", f"{error}\n".encode())
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def bench(run: Run, frames: int, how: dict) -> str:
+    """Play without a page: frames a second, where the time goes, and whether memory grows."""
+    game, spent = Game(run), {"transformer": 0.0, "VAE decoder": 0.0}
+    parts = {"transformer": run.dit, "VAE decoder": run.vae.decoder}
+    for name, part in parts.items():
+
+        def timed(*x, forward=part.forward, name=name):
+            begun = time.perf_counter()
+            made = forward(*x)
+            spent[name] += time.perf_counter() - begun
+            return made
+
+        part.forward = timed
+    keys = np.random.default_rng(0).integers(1, len(game.world.actions) + 1, frames)
+    keys = np.where(np.arange(frames) // 100 % 2, keys, 1).tolist()  # every other 100 frames: still
+    for key in keys[:20]:
+        game.step(key, how)
+    spent, before = dict.fromkeys(spent, 0.0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.perf_counter()
+    for key in keys:
+        game.step(key, how)
+    seconds = time.perf_counter() - begun
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before
+    shares = ", ".join(f"{name} {x / seconds:.0%}" for name, x in spent.items())
+    return (
+        f"{frames / seconds:.1f} frames a second: {shares}; memory {grown:.2f} times; wrong at "
+        f"first {np.mean(game.errors[:20]):.1%}, at the end {np.mean(game.errors[-20:]):.1%}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("play.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--run", help="a folder of train.py (default: the newest below out/)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--no-open", action="store_true", help="open no browser")
+    parser.add_argument("--bench", action="store_true", help="play without a page, and time it")
+    parser.add_argument("--frames", type=int, default=200, help="of --bench")
+    parser.add_argument("--steps", type=int, help="of denoising, of --bench")
+    args = parser.parse_args(argv)
+    try:
+        first = Path(args.run or prompting.newest_run())
+        run = load(str(first))
+        if args.bench:
+            if not run.world["actions"]:
+                raise ValueError(f"--bench: in {first} there is nothing to do, only to watch")
+            how = {"steps": args.steps} if args.steps else {}
+            return print(bench(run, max(1, args.frames), how)) or 0
+        others = sorted(str(x.parent) for x in first.parent.glob("*/dit.pt") if x.parent != first)
+        server = Server(args.port, [str(first), *others])
+    except (OSError, ValueError, OverflowError) as error:
+        print(f"play.py: {error}", file=sys.stderr)
+        return 2
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    print(f"{address} plays {first}; Ctrl-C stops", flush=True)
+    if not args.no_open:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
