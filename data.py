@@ -28,13 +28,14 @@ import importlib
 import json
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
+UNSEEN = 10**6  # added to a run's seed: clips of other numbers
 
 # ------------------------------------------------------------------------------------ the contract
 
@@ -154,6 +155,13 @@ def world_class(kind: str) -> type[World]:
 
 def open_world(config: WorldConfig) -> World:
     return world_class(config.kind)(config)
+
+
+def unseen(about: dict, **changes) -> World:
+    """The world of `World.about`, of which nobody learned: other numbers, held-out digits."""
+    config = WorldConfig(**about["config"])
+    changes = {"seed": config.seed + UNSEEN, "held_out": True} | changes
+    return open_world(replace(config, **changes))
 
 
 def hashed_uniform(seed: int, i, draws: int) -> np.ndarray:

@@ -29,90 +29,82 @@ from collections import deque
 from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-import torch
 
+import data
 import prompting
-from data import HERE, WorldConfig, open_world, sheet
-from prompting import Batch, Run, Task, Window, settings, trained_window
+from data import HERE, sheet
+from prompting import Run, extend, new, settings, trained_window
 from sample import Parser
-from vae import to_float, to_uint8
 from worlds.media import write_gif
 
-UNSEEN = 2 * 10**6  # added to a run's seed: games that nobody learned from
 MOST, IDLE = 8, 60  # sessions at once; seconds after which one that nobody plays may end
 KEPT = 600  # frames for a recording
-FOREVER = 10**5  # frames of a world that is watched
+FOREVER = 10**5  # frames of a clip that goes on for some hours
 
 
 class Game:
-    """One player's two worlds."""
+    """One player's two worlds. The model's is a clip with a known start that goes on and on, of
+    which an action is said just before its frame is made."""
 
     def __init__(self, run: Run, number: int = 0, prompt: str = ""):
-        config = WorldConfig(**run.world["config"])
-        self.run, self.world = run, open_world(replace(config, seed=config.seed + UNSEEN))
-        self.generator, self.number = torch.Generator().manual_seed(number), number
-        self.shown, self.errors, self.prompt = deque(maxlen=KEPT), [], prompt
-        self.window, self.lock, self.used = trained_window(run), threading.Lock(), time.time()
-        self.how = settings(run, Task(np.zeros((1, 1, 1, 1)), np.zeros(1, bool), ""))
+        self.run, self.world, self.number = run, data.unseen(run.world), number
+        self.shown, self.errors = deque(maxlen=KEPT), []
+        self.lock, self.used = threading.Lock(), time.time()
+        self.size = run.world["shapes"][0]
         if not self.world.actions:
-            size = max(run.world["durations"]), *run.world["shapes"][0]
             self.prompt = prompt or self.world.prompts(number + 1)[-1][0]
-            (first,) = prompting.expand(run, [prompting.new(run, size, self.prompt)], [number])
-            task = prompting.new(run, (FOREVER, *size[1:]), first.prompt)
-            self.made, self.waiting = prompting.complete(run, [task], [number]), deque()
-            return
-        (clip,) = self.world.clips([number], frames=self.window)
+            return self.begin(np.zeros((run.vae.config.colors, 0, *self.size), np.uint8), [])
+        (clip,) = self.world.clips([number], frames=trained_window(run))
         self.prompt = run.lasting(prompt or clip.caption)
         self.state = {name: value[-1:] for name, value in clip.facts.items()}
-        self.real = deque(clip.pixels.swapaxes(0, 1), maxlen=self.window)  # frames [C, H, W]
-        self.actions = deque(clip.actions.tolist(), maxlen=self.window)
+        self.real = deque(zip(clip.pixels.swapaxes(0, 1), clip.actions, strict=True),
+                          maxlen=clip.pixels.shape[1])  # fmt: skip
         self.resync()
 
-    @torch.no_grad()
     def resync(self) -> None:
         """Give the model the truth: from here on, the past is the real one."""
-        video = to_float([np.stack(self.real, axis=1)]).to(self.run.device)
-        self.past = self.run.vae.encode(video)  # [1, Z, window, h, w]
-        vae = self.run.vae
-        _, self.cache = vae.reconstruct(self.past * vae.std + vae.mean)
+        frames, actions = zip(*self.real, strict=True)
+        self.begin(np.stack(frames, axis=1), actions)
 
-    def step(self, action: int, how: dict) -> dict:
+    def begin(self, known: np.ndarray, actions) -> None:
+        """The model goes on from known frames [C, k, H, W], if there are any."""
+        run, k = self.run, known.shape[1]
+        self.actions, self.at = np.zeros(k + FOREVER, int), k
+        self.actions[:k] = actions
+        if k:
+            task = replace(extend(known, FOREVER, self.prompt), actions=self.actions)
+        else:  # a caption says how long a clip is, and none is that long
+            short = new(run, (max(run.world["durations"]), *self.size), self.prompt)
+            (short,) = prompting.expand(run, [short], [self.number])
+            task = new(run, (FOREVER, *self.size), short.prompt)
+        self.how = getattr(self, "how", settings(run, task))
+        self.how.past = trained_window(run) - 1 if k else None  # one frame an action
+        chunks = prompting.complete(run, [task], [self.number], self.how)
+        self.made = islice((x for chunk in chunks for x in chunk[0].swapaxes(0, 1)), k, None)
+
+    def step(self, action: int) -> dict:
         """Both worlds a frame on: "model" and "real" [C, H, W], and of all that can be read in the
         model's frame the share that is wrong."""
-        self.used = time.time()
+        self.used, self.actions[self.at] = time.time(), action
+        self.at += 1
+        made = next(self.made)
         if not self.world.actions:
-            if not self.waiting:
-                self.waiting.extend(next(self.made)[0].swapaxes(0, 1))
-            self.shown.append((self.waiting.popleft(), None))
-            return {"model": self.shown[-1][0]}
+            self.shown.append((made,))
+            return {"model": made}
         self.state = self.world.step(self.state, np.array([action]))
-        self.real.append(self.world.render(self.state)[0])
-        self.actions.append(action)
-        made = self.imagine(how)
-        read = [self.world.read(x[:, None]) for x in (made, self.real[-1])]
+        real = self.world.render(self.state)[0]
+        self.real.append((real, action))
+        read = [self.world.read(x[:, None]) for x in (made, real)]
         wrong = [np.mean(np.abs(read[0][name].astype(float) - value) > 0.5)
                  for name, value in read[1].items()]  # fmt: skip
         self.errors.append(float(np.mean(wrong)))
-        self.shown.append((made, self.real[-1]))
-        return {"model": made, "real": self.real[-1], "error": self.errors[-1]}
-
-    @torch.no_grad()
-    def imagine(self, how: dict) -> np.ndarray:
-        """The model's next frame [C, H, W]."""
-        n, vae = self.window, self.run.vae
-        C, H, W = self.real[-1].shape
-        blank = np.zeros((C, n, H, W), np.uint8)
-        task = Task(blank, np.zeros(n, bool), self.prompt, actions=np.array(self.actions))
-        window = Window(0, np.arange(n) < n - 1, (n - 1, n), n - 1, 1)
-        batch = Batch(self.run, [task], replace(self.how, **how), blank[None])
-        latent = batch.denoise(window, [self.generator], self.past[:, :, 1:], None)
-        self.past = torch.cat([self.past[:, :, 1:], latent[:, :, -1:]], dim=2)
-        video, self.cache = vae.reconstruct(latent[:, :, -1:] * vae.std + vae.mean, self.cache)
-        return to_uint8(video)[0, :, -1]
+        self.shown.append((made, real))
+        return {"model": made, "real": real, "error": self.errors[-1]}
 
     def recording(self) -> bytes:
         """What was played, both worlds side by side, as a GIF."""
@@ -120,7 +112,7 @@ class Game:
             raise ValueError("nothing was played yet")
         pages = []
         for pair in self.shown:
-            clips = [x[:, None] for x in pair if x is not None]
+            clips = [x[:, None] for x in pair]
             titles = ["the model", "the real one"][: len(clips)]
             pages.append(sheet(clips, titles, columns=2, scale=4))
         with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +166,8 @@ class Server(ThreadingHTTPServer):
         with game.lock:
             if asked.get("resync") and game.world.actions:
                 game.resync()
-            made = game.step(action, {"steps": steps, "noise": noise})
+            game.how.steps, game.how.noise = steps, noise
+            made = game.step(action)
         return {name: x if isinstance(x, float) else as_pixels(x) for name, x in made.items()}
 
 
@@ -271,12 +264,13 @@ def bench(run: Run, frames: int, how: dict) -> str:
         part.forward = timed
     keys = np.random.default_rng(0).integers(1, len(game.world.actions) + 1, frames)
     keys = np.where(np.arange(frames) // 100 % 2, keys, 1).tolist()  # every other 100 frames: still
+    vars(game.how).update(how)
     for key in keys[:20]:
-        game.step(key, how)
+        game.step(key)
     spent, before = dict.fromkeys(spent, 0.0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.perf_counter()
     for key in keys:
-        game.step(key, how)
+        game.step(key)
     seconds = time.perf_counter() - begun
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before
     shares = ", ".join(f"{name} {x / seconds:.0%}" for name, x in spent.items())

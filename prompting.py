@@ -24,6 +24,7 @@ Run `python prompting.py` to see each task's windows, and which frames are known
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import diffusion
@@ -42,6 +44,7 @@ from vae import VAE, VAEConfig, to_float, to_uint8
 
 LATER = 2.0  # guidance of such a window, at most: with more, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
+AT_ONCE = 16  # clips
 
 # ------------------------------------------------------------------------------------ a trained run
 
@@ -195,14 +198,15 @@ def edit(clip: np.ndarray, strength: float, prompt: str) -> Task:
     return Task(clip, np.zeros(clip.shape[1], bool), prompt, strength=strength)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    """How to sample."""
+    """How to sample. What changes while clips are made holds from the next window on."""
 
     steps: int = 30
     guidance: float = 4.0  # 1: none
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
     noise: float = 0.4  # the level of the latents that a window takes over from the one before it
+    past: int | None = None  # how many those are; None: the world's share of a window
 
 
 def settings(run: Run, task: Task) -> Settings:
@@ -246,23 +250,35 @@ def context(run: Run, L: int, most: int) -> int:
     return L if L <= run.ft else 1 + run.ft * max(0, min((L - 1) // run.ft, most))
 
 
+def taken_over(run: Run) -> int:
+    """How many latents a window takes over from the one before it."""
+    return int(trained_window(run) * run.world["past"])
+
+
+def prefix(run: Run, L: int, past: int) -> int:
+    """How many of L known frames are shown, where later windows take over `past` latents."""
+    return context(run, L, max(trained_window(run) - 3, past - 1))
+
+
 def room(run: Run, L: int, kind: str) -> int:
     """How many new frames fit into one window. kind: "new", or what is done with L known frames:
     "extend", "backward", "loop" or "connect"."""
     most = trained_window(run)
     if kind in ("loop", "connect"):  # one less than fills latents, see `toward`
         return max(1, run.ft * max(1, most - most // 2 - 1) - 1)
-    shown = {"new": 0, "extend": context(run, L, most - 3), "backward": context(run, L, most // 2)}
+    shown = {"new": 0, "extend": prefix(run, L, taken_over(run)),
+             "backward": context(run, L, most // 2)}  # fmt: skip
     return max(run.ft, 1 + run.ft * (most - 1) - shown[kind])
 
 
-def onward(run: Run, lo: int, hi: int, part: int) -> list[Window]:
-    """Frames lo to hi, after known ones: each window continues the one before it."""
+def onward(run: Run, lo: int, hi: int, part: int, over: int) -> list[Window]:
+    """Frames lo to hi, after known ones: each window continues the one before it, and takes `over`
+    latents from it."""
     ft, most, plan, done = run.ft, trained_window(run), [], 0  # done: latents
-    shown = context(run, lo, most - 3)
+    shown = prefix(run, lo, over)
     first, total = lo - shown, 1 + -(-(shown + hi - lo - 1) // ft)
     while done < total:
-        past = int(most * run.world["past"]) if done else 0
+        past = over if done else 0
         t = min(most, total - done + past)
         at = first + 1 + ft * (done - past - 1) if past else first
         known = np.arange(ft * t if past else 1 + ft * (t - 1)) < (ft * past if past else shown)
@@ -282,7 +298,8 @@ def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
     ft, most = run.ft, trained_window(run)
     spare = max(0, hi - lo - room(run, L, "connect"))
     a, b = (lo + spare - spare // 2, hi - spare // 2) if lo else (0, 0)
-    plan, back = onward(run, lo, a, part) if a > lo else [], part + (lo > 0) * 2**48
+    before = onward(run, lo, a, part, taken_over(run)) if a > lo else []
+    plan, back = before, part + (lo > 0) * 2**48
     while hi > b:
         shown, at = context(run, L, most // 2), max(b, hi - room(run, L, "backward"))
         more = -(hi - at + shown - 1) % ft  # so that the known frames end a latent
@@ -300,9 +317,10 @@ def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
     return plan
 
 
-def windows(task: Task, run: Run) -> list[Window]:
+def windows(task: Task, run: Run, past: int | None = None) -> list[Window]:
     """The windows of a task in order: gap by gap, or a single one if several gaps fit into it.
-    ValueError says which sizes are possible."""
+    past: see Settings. ValueError says which sizes are possible."""
+    past = taken_over(run) if past is None else past
     T, H, W = task.clip.shape[1:]
     sides = run.vae.config.space_factor * run.config["patch"]
     if H % sides or W % sides or not H * W:
@@ -315,7 +333,7 @@ def windows(task: Task, run: Run) -> list[Window]:
     for k in range(0, len(edges), 2):
         (lo, hi), part = edges[k : k + 2], k * 2**50
         L = [*edges, T][k + 2] - hi  # known frames that follow
-        some = toward(run, lo, hi, L, part) if L else onward(run, lo, hi, part)
+        some = toward(run, lo, hi, L, part) if L else onward(run, lo, hi, part, past)
         plan += [replace(window, turn=(lo, hi)) for window in some]
     count = max((-(-len(window.known) // run.ft) for window in plan), default=0)
     if (count := count * H * W // sides**2) > MOST_TOKENS:
@@ -462,12 +480,13 @@ def complete(
     kinds = {(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}
     if len(kinds) != 1 or len(tasks) != len(seeds):
         raise ValueError("a batch has tasks of one size, mask and strength, and a seed for each")
-    task, plan, vae = tasks[0], windows(tasks[0], run), run.vae
+    task, vae, how = tasks[0], run.vae, how or settings(run, tasks[0])
+    plan = windows(task, run, how.past)
     T, K = len(task.known), 1 + max(np.flatnonzero(task.known), default=-1)
     end, source = task.frames or T, None
     if task.strength == 0:
         plan, K = [], T
-    batch = Batch(run, tasks, how or settings(run, task), np.stack([x.clip[:, :K] for x in tasks]))
+    batch = Batch(run, tasks, how, np.stack([x.clip[:, :K] for x in tasks]))
     for window in plan:
         if not window.past:  # else the decoder and the random numbers go on
             at, cache, latent = window.first, None, None
@@ -494,11 +513,27 @@ def complete(
         yield batch.video[:, :, :end]
 
 
+def alike(clips: list[np.ndarray]) -> list[list[int]]:
+    """The numbers of clips of one size, some at a time."""
+    kinds = defaultdict(list)
+    for k, clip in enumerate(clips):
+        kinds[clip.shape].append(k)
+    return [x[k : k + AT_ONCE] for x in kinds.values() for k in range(0, len(x), AT_ONCE)]
+
+
 def finished(
-    run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
+    run: Run, tasks: list[Task], seeds, how: dict | None = None, expanded: bool = False
 ) -> list[np.ndarray]:
-    """The same, put together: a clip uint8 [C, T, H, W] for each task."""
-    return list(np.concatenate(list(complete(run, tasks, seeds, how)), axis=2))
+    """A whole clip uint8 [C, T, H, W] for each of the tasks, which are of one kind but of any
+    sizes. how: what differs from `settings`; expanded: with prompts expanded first."""
+    made, groups = [None] * len(tasks), alike([task.clip for task in tasks])
+    for some in tqdm(groups, desc="making", leave=False, disable=len(groups) == 1):
+        few, numbers = [tasks[k] for k in some], [seeds[k] for k in some]
+        few = expand(run, few, numbers) if expanded else few
+        chunks = complete(run, few, numbers, replace(settings(run, few[0]), **(how or {})))
+        for k, clip in zip(some, np.concatenate(list(chunks), axis=2), strict=True):
+            made[k] = clip
+    return made
 
 
 # --------------------------------------------------------------------------------- expanded prompts
@@ -560,7 +595,7 @@ def main() -> None:
     tasks |= {"loop": loop(a, 7, ""), "connect": connect(a, b, 7, ""), "edit": edit(a, 0.6, "")}
     clips, marks = [], []
     for name, task in tasks.items():
-        clips += finished(run, [task], [0], Settings(steps=4))
+        clips += finished(run, [task], [0], {"steps": 4})
         marks.append(task.known[: clips[-1].shape[1]])
         plan = ", then ".join("{} to {}".format(*window.made) for window in windows(task, run))
         print(f"{name:8s} {sum(marks[-1]):2d} frames known, makes {plan} -> {clips[-1].shape}")

@@ -35,11 +35,10 @@ from tqdm import tqdm
 import prompting
 from data import sheet
 from dit import MOST_WORDS
-from prompting import Run, Task
+from prompting import AT_ONCE, Run, Task
 from worlds.media import MOST_NUMBERS, SUFFIXES, VIDEO, Writer, read_clip
 
 MOST_FRAMES = 10**6
-AT_ONCE = 16  # clips in a batch
 
 
 class Parser(argparse.ArgumentParser):  # a mistake is one line

@@ -1014,7 +1014,7 @@ def noise_clip(T: int, H: int = 8, W: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def toy_made(run, task: prompting.Task, seed=0, how=TWO_STEPS) -> np.ndarray:
-    return prompting.finished(run, [task], [seed], how)[0]
+    return prompting.finished(run, [task], [seed], vars(how))[0]
 
 
 def tasks_beside(clip: np.ndarray, n: int, prompt: str = SEVEN) -> list[prompting.Task]:
@@ -1163,13 +1163,13 @@ def test_a_clip_does_not_depend_on_its_batch(toy_run, monkeypatch):
     news = [prompting.new(toy_run, (30, 8, 16), said) for said in (SEVEN, THREE)]
     beside = zip(tasks_beside(one[:, :6], 20), tasks_beside(two[:, :6], 20, THREE), strict=True)
     for pair in (edits, news, *map(list, beside)):
-        both = prompting.finished(toy_run, pair, [3, 9], how)
+        both = prompting.finished(toy_run, pair, [3, 9], vars(how))
         for task, seed, made in zip(pair, (3, 9), both, strict=True):
             off = np.abs(made.astype(int) - toy_made(toy_run, task, seed, how))
             assert off.max() <= 1 and (off > 0).mean() < 1e-2
     for batch in ([], edits[:1], [edits[0], news[0]], [edits[0], replace(edits[1], strength=0.4)]):
         with pytest.raises(ValueError, match="one size, mask and strength, and a seed for each"):
-            prompting.finished(toy_run, batch, [0, 1])
+            next(prompting.complete(toy_run, batch, [0, 1]))
 
 
 @pytest.mark.parametrize("size", [(9, 8, 16), (30, 8, 16), (9, 64, 64)])
@@ -1464,8 +1464,7 @@ def test_train_then_sample_as_a_user_does(user_run):
     run = prompting.load_run(user_run, "cpu")  # command and function agree
     told = prompting.expand(run, [prompting.new(run, (9, 24, 40), "a 7 moving left")], [0])
     assert done.stdout == f"seed 0: {told[0].prompt!r}\nwrote seven.npy: 9 x 24 x 40\n"
-    steps = replace(prompting.settings(run, told[0]), steps=2)
-    assert np.array_equal(prompting.finished(run, told, [0], steps)[0], made)
+    assert np.array_equal(prompting.finished(run, told, [0], {"steps": 2})[0], made)
 
 
 def test_stopped_anywhere_and_continued_is_uninterrupted_bit_for_bit(acting_run, tmp_path):
@@ -2142,7 +2141,7 @@ def test_prompts_are_balanced_and_tell_a_perfect_model_from_a_deaf_one(monkeypat
     assert sizes == {(17, *shape) for shape in shapes} | {(9, *shapes[0])}
     stock = {(clip.shape, prompt): clip for one in chosen for clip, prompt in one.pairs}
     for deaf in (0, 1):  # a deaf model shows what another prompt says
-        monkeypatch.setattr(prompting, "finished", lambda run, asked, seeds, how, deaf=deaf: [
+        monkeypatch.setattr(prompting, "finished", lambda run, asked, *_, deaf=deaf: [
             stock[x.clip.shape, x.prompt] for x in asked[deaf:] + asked[:deaf]])  # fmt: skip
         figures, page = prompts.measure(run, 80, 8, 0, {})
         real, made = figures["real"], figures["generated"]
@@ -2192,7 +2191,7 @@ def test_wrong_captions_lose_what_is_wrong_and_no_more():
         assert facts_said.is_kept(facts_said.read_prompt(said), want) == (said[-1] == "n")
 
 
-def freeze(run, asked, seeds, how) -> list[np.ndarray]:
+def freeze(run, asked, seeds, how, expanded=False) -> list[np.ndarray]:
     """A model that repeats the last known frame, and jumps to what is known next."""
     made = []
     for x in asked:

@@ -373,7 +373,7 @@ def train_dit(
     def show(averaged: DiT, step: int) -> None:
         shown = replace(run, dit=averaged)
         tasks = played(world, 4) if world.actions else prompted(shown, world, 12)[::2]
-        gallery(shown, tasks, c.folder / f"samples/{step:06d}.gif", 12)
+        gallery(shown, tasks, c.folder / f"samples/{step:06d}.gif", {"steps": 12})
 
     facts = facts | {"model": asdict(dit.config), "words": run.tokenizer.words}
     stage = Stage("dit", dit, c.steps, c.lr, steps, loss, facts, show, measure=measure, large=True)
@@ -413,18 +413,10 @@ def played(world: World, n: int) -> list[prompting.Task]:
     return [prompting.Task(x.pixels, known, x.caption, actions=x.actions) for x in clips]
 
 
-def gallery(run: prompting.Run, tasks: list[prompting.Task], path: Path, steps: int = 0) -> None:
+def gallery(run: prompting.Run, tasks: list[prompting.Task], path: Path, how: dict | None = None):
     """Clips that play side by side; short ones start again. Those with actions are below what
     really happens."""
-    clips = [None] * len(tasks)
-    for size in dict.fromkeys(task.clip.shape for task in tasks):
-        group = [k for k, task in enumerate(tasks) if task.clip.shape == size]
-        some = [tasks[k] for k in group]
-        how = prompting.settings(run, some[0])
-        how = replace(how, steps=min(steps or how.steps, how.steps))
-        some = prompting.expand(run, some, group)
-        for k, clip in zip(group, prompting.finished(run, some, group, how), strict=True):
-            clips[k] = clip
+    clips = prompting.finished(run, tasks, range(len(tasks)), how, expanded=True)
     titles = [x.prompt if len(x.prompt) <= 44 else x.prompt[:41] + "..." for x in tasks]
     for k in range(len(clips) - len(clips) % 4, -1, -4) if run.world["actions"] else ():
         clips[k:k] = [task.clip for task in tasks[k : k + 4]]

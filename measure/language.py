@@ -126,7 +126,7 @@ def measure_captioner(
     """The share of right facts in captions, by the number of digits; told: where the captioner also
     reads what somebody wrote of each clip."""
     latents, scores, pixels = [None] * len(clips), {}, [clip.pixels for clip in clips]
-    for some in prompts.batches(pixels):
+    for some in prompting.alike(pixels):
         video = to_float([pixels[k] for k in some]).to(vae.mean.device)  # [B, C, T, H, W]
         for k, latent in zip(some, vae.encode(video), strict=True):
             latents[k] = latent
@@ -148,7 +148,7 @@ def measure_expander(language: Language, clips: list[data.Clip], config: data.Wo
     kinds, figures = {"short": [data.short_caption(clip.facts) for clip in clips]}, {}
     for kind, said in (kinds | {"noisy": [clip.brief for clip in clips]}).items():
         rows = []
-        for some in prompts.batches([clip.pixels for clip in clips]):
+        for some in prompting.alike([clip.pixels for clip in clips]):
             size = clips[some[0]].pixels.shape[1:]
             written = language.expand([said[k] for k in some], size, some)
             for k, caption in zip(some, map(read_caption, written), strict=True):

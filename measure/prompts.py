@@ -11,13 +11,11 @@ longest duration, and at the first shape in the shorter ones, too.
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import prompting
@@ -25,17 +23,15 @@ from measure import reader
 from vae import VAE, to_float, to_uint8
 
 SCORES = ("digit", "direction", "digits", "directions", "both")  # the last three: of two digits
-AT_ONCE = 40  # clips in a batch
 
 # -------------------------------------------------------------------------------------- real clips
 
 
 def held_out(about: dict, **changes) -> data.Digits:
     """The world of a run, with digits that it never saw."""
-    config = data.WorldConfig(**about["config"])
-    if config.kind != "digits":
-        raise ValueError(f"this run learned from {config.kind}: only moving digits can be measured")
-    return data.Digits(replace(config, held_out=True, **changes))
+    if (kind := about["config"]["kind"]) != "digits":
+        raise ValueError(f"this run learned from {kind}: only moving digits can be measured")
+    return data.unseen(about, **changes)
 
 
 class Chosen:
@@ -98,19 +94,11 @@ def real_clips(about: dict, ones: int, twos: int, seed: int) -> list[Chosen]:
 # ----------------------------------------------------------------------------- what is made of them
 
 
-def batches(clips: list[np.ndarray]) -> list[list[int]]:
-    """The numbers of clips of one size that are worked on at once."""
-    groups = defaultdict(list)
-    for k, clip in enumerate(clips):
-        groups[clip.shape].append(k)
-    return [g[k : k + AT_ONCE] for g in groups.values() for k in range(0, len(g), AT_ONCE)]
-
-
 @torch.no_grad()
 def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
     """Clips after the VAE, and how good they are."""
     made, squares, pixels, numbers = [None] * len(clips), 0.0, 0, 0
-    for some in batches(clips):
+    for some in prompting.alike(clips):
         video = to_float([clips[k] for k in some]).to(vae.mean.device)  # [B, C, T, H, W]
         latent = vae.encode(video)  # [B, Z, t, h, w]
         again = vae.decode(latent)  # [B, C, T, H, W]
@@ -124,16 +112,9 @@ def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], st
 
 def make(run: prompting.Run, tasks: list[prompting.Task], seed: int, how: dict,
          expanded: bool = True) -> list[np.ndarray]:  # fmt: skip
-    """What tasks of one kind ask for, as sample.py makes it. how: settings that differ from those
-    of the kind; expanded: with prompts expanded first."""
-    made = [None] * len(tasks)
-    for some in tqdm(batches([task.clip for task in tasks]), desc="making", leave=False):
-        seeds, few = [1_000_000 * seed + k for k in some], [tasks[k] for k in some]
-        few = prompting.expand(run, few, seeds) if expanded else few
-        settings = replace(prompting.settings(run, few[0]), **how)
-        for k, clip in zip(some, prompting.finished(run, few, seeds, settings), strict=True):
-            made[k] = clip
-    return made
+    """What tasks of one kind ask for, as sample.py makes it."""
+    seeds = range(1_000_000 * seed, 1_000_000 * seed + len(tasks))
+    return prompting.finished(run, tasks, seeds, how, expanded)
 
 
 # ------------------------------------------------------------------------------------- the figures

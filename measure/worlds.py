@@ -28,14 +28,12 @@ from PIL.Image import Image
 
 import data
 import prompting
-from data import Clip, World, WorldConfig
+from data import Clip, World
 from measure.prompts import as_table
 from measure.reader import classify, load_classifier, to_ink, window
 from vae import to_float, to_uint8
 from worlds.wall import hidden_runs
 
-UNSEEN = 10**6  # added to a run's seed: clips of numbers that training has not
-AT_ONCE = 16  # clips
 LONG, ENDLESS, STILL = 256, 1000, 200  # frames of the game
 
 Figures = dict[str, dict]
@@ -43,32 +41,13 @@ Figures = dict[str, dict]
 # ----------------------------------------------------------------------------------- what is made
 
 
-def held_out(run: prompting.Run, **more) -> World:
-    config = WorldConfig(**run.world["config"])
-    return data.open_world(replace(config, seed=config.seed + UNSEEN, held_out=True, **more))
-
-
-def go_on(run: prompting.Run, clips: list[Clip], k: int, how: dict, seed: int = 0) -> list:
+def go_on(run: prompting.Run, clips: list[Clip], k: int, how: dict) -> list[np.ndarray]:
     """The first k frames of clips, and what the model makes of the rest."""
-    if len(shapes := {x.pixels.shape: 0 for x in clips}) > 1:
-        made = [None] * len(clips)
-        for shape in shapes:
-            pick = [j for j, x in enumerate(clips) if x.pixels.shape == shape]
-            for j, one in zip(
-                pick, go_on(run, [clips[j] for j in pick], k, how, seed), strict=True
-            ):
-                made[j] = one
-        return made
-    made, known = [], np.arange(clips[0].pixels.shape[1]) < k
-    lasting = run.lasting if k > 1 else str
-    for first in range(0, len(clips), AT_ONCE):
-        few = clips[first : first + AT_ONCE]
-        tasks = [prompting.Task(x.pixels, known, lasting(x.caption), actions=x.actions)
-                 for x in few]  # fmt: skip
-        settings = replace(prompting.settings(run, tasks[0]), **how)
-        seeds = range(seed + first, seed + first + len(few))
-        made += prompting.finished(run, tasks, list(seeds), settings)
-    return made
+    lasting, tasks = run.lasting if k > 1 else str, []
+    for x in clips:
+        known = np.arange(x.pixels.shape[1]) < k
+        tasks.append(prompting.Task(x.pixels, known, lasting(x.caption), actions=x.actions))
+    return prompting.finished(run, tasks, range(len(tasks)), how)
 
 
 def decoded(run: prompting.Run, clips: list[Clip]) -> list[np.ndarray]:
@@ -175,7 +154,7 @@ def choices(run: prompting.Run, world: World, clips: list[Clip], k: int, how: di
 
 
 def game(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, k = held_out(run), held_out(run, beyond=True), 8
+    world, beyond, k = data.unseen(run.world), data.unseen(run.world, beyond=True), 8
     clips, other = (w.clips(np.arange(n), frames=k + 64) for w in (world, beyond))
     made = go_on(run, clips, k, how)
     long = world.clips(np.arange(max(4, n // 4)), frames=k + LONG)
@@ -219,7 +198,7 @@ def score_walk(clips: list[Clip], made: list[np.ndarray], frames: slice) -> str:
 
 
 def room(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, rows, pairs = held_out(run), held_out(run, beyond=True), {}, []
+    world, beyond, rows, pairs = data.unseen(run.world), data.unseen(run.world, beyond=True), {}, []
     half, turn = 8, "turn right"
     for name, place in (("", world), (", more pillars", beyond)):
         walks = place.clips(np.arange(n), frames=16 + 48)
@@ -272,7 +251,7 @@ def overlap(a: np.ndarray, b: np.ndarray, where=True) -> float:
 
 
 def paint(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, k = held_out(run), held_out(run, beyond=True), 8
+    world, beyond, k = data.unseen(run.world), data.unseen(run.world, beyond=True), 8
     clips, other = (w.clips(np.arange(n), frames=k + 100) for w in (world, beyond))
     made = go_on(run, clips, k, how)
     rows = {
@@ -354,8 +333,8 @@ def score_wall(world: World, clips: list[Clip], made: list[np.ndarray]) -> dict:
 
 def wall(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
     """Without a prompt: a caption would say which digit it is."""
-    world, beyond, k = held_out(run, two_digits=0.0), held_out(run, two_digits=0.0, beyond=True), 9
-    tables, pairs, how = {}, [], {"guidance": 1.0} | how
+    world, beyond = (data.unseen(run.world, two_digits=0.0, beyond=x) for x in (False, True))
+    tables, pairs, how, k = {}, [], {"guidance": 1.0} | how, 9
     for length in (range(3, 6), range(7, 10), range(13, 19)):
         rows = {}
         clips, other = (
