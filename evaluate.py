@@ -20,7 +20,7 @@ COMMANDS = {
     "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
     "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
     "worlds": (worlds.main, "run clips=64 steps"),
-    "scaling": (scaling.main, "run steps ones=160 out train"),
+    "scaling": (scaling.main, "run steps clips=160 out train"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
 }

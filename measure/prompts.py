@@ -169,13 +169,15 @@ def measure(
 
 
 def as_table(title: str, rows: dict[str, dict]) -> str:
-    """Rows of figures by column: shares as percent, text as it is."""
+    """Rows of figures by column: shares as percent, text as it is, and what has a unit as a
+    number; the row's name ends in it."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     wide = 2 + max(map(len, [title, *rows]))
     lines = [f"{title:{wide}}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in rows.items():
         cells = ("-" if (x := row.get(column)) is None else x for column in columns)
-        cells = (x if isinstance(x, str) else f"{x:.1%}" for x in cells)
+        form = ".2f" if ", " in name else ".1%"
+        cells = (x if isinstance(x, str) else format(x, form) for x in cells)
         lines.append(f"{name:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 

@@ -4,12 +4,14 @@ The idea. Train one network three times, for 1, 4 and 16 times as many steps, ea
 learning rate schedule down to zero (a run that was stopped early would be worse than one that was
 planned to be short: Hoffmann et al. 2022). All learn from the same items. Then compare, by FLOPs of
 the training, the loss on held-back batches, with the same noise; whether clips show the digit and
-the direction of their prompts (prompts.py); and a picture of the same prompts and noise.
+the direction of their prompts (prompts.py), or how well a simulated world goes on (worlds.py); and
+a picture of the same clips, made with the same noise.
 
     python evaluate.py scaling                   # flags of train.py go behind `--`
     python evaluate.py scaling --run out/tiny    # a finished run is the longest of the three
+    python evaluate.py scaling --run out/game --out out/game_scaling
 
-The second trains the two short ones alone: 5/16 of that run's time. Stopped, both continue.
+With --run, only the two short ones are trained: 5/16 of that run's time. Stopped, all continue.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from PIL import Image
 import data
 import prompting
 import train
-from measure import prompts
+from measure import prompts, worlds
 from training import batches, cost, items, words
 from training.plot import plot
 
@@ -56,7 +58,7 @@ def first_run(out: Path, args: argparse.Namespace) -> train.Config:
     """A finished run, or one whose VAE, items and captions are made here: all three share them."""
     if not args.run:
         c = train.parse([*args.train, "--steps", str(args.steps or 2000), "--out", f"{out}/shared"])
-        prompts.held_out({"config": {"kind": c.kind}})  # or it cannot be measured
+        check(c.kind)
         for stage in ("vae", "text" if c.captions == "recaptioned" else "items"):
             train.main(replace(c, stage=stage))
         return c
@@ -64,7 +66,7 @@ def first_run(out: Path, args: argparse.Namespace) -> train.Config:
         raise ValueError("--run is trained already: leave --steps and flags of train.py out")
     saved = prompting.read_weights(prompting.find_weights(args.run, "dit"), "cpu")
     c = replace(train.Config(**saved["config"]), out=args.run)
-    prompts.held_out(saved["world"])
+    check(saved["world"]["config"]["kind"])
     if saved["step"] < c.steps:
         raise ValueError(f"{args.run} has done {saved['step']} of {c.steps} steps: finish it first")
     return c
@@ -86,25 +88,44 @@ def trained(out: Path, first: train.Config, finished: bool) -> Iterator[train.Co
         yield c
 
 
+def check(kind: str) -> None:
+    if kind not in (kinds := ("digits", *worlds.WORLDS)):
+        raise ValueError(f"this run learned from {kind}: only {', '.join(kinds)} can be measured")
+
+
+def measured(run: prompting.Run, n: int) -> tuple[dict, list, list[str]]:
+    """Figures of n clips; and of some a column of what the model made, and titles. For simulated
+    worlds, a column of the truth comes first."""
+    if run.world["config"]["kind"] == "digits":
+        scores = prompts.measure(run, n, 0, 0, {})[0]["generated"]
+        size = max(run.world["durations"]), *run.world["shapes"][0]
+        made = prompts.make(run, [prompting.new(run, size, x) for x in PROMPTS], 0, {})
+        return {name: scores[name] for name in ("digit", "direction")}, [made], PROMPTS
+    figures, pairs = worlds.within(run, n, {"guidance": 1.0})
+    truth, made = zip(*pairs[:6], strict=True)
+    return figures, [[x.pixels for x in truth], made], [x.caption for x in truth]
+
+
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
-    out, figures, clips, titles = Path(args.out), [], [], []
+    out, figures, columns, heads = Path(args.out), [], [], []
     for c in trained(out, first_run(out, args), bool(args.run)):
         run = prompting.load_run(c.folder)
         loss, flops = held_back_loss(run, c)
-        scores = prompts.measure(run, args.ones, 0, 0, {})[0]["generated"]
-        row = {"steps": c.steps, "flops": flops * c.steps, "loss": loss}
-        figures.append(row | {name: scores[name] for name in ("digit", "direction")})
+        scores, clips, titles = measured(run, args.clips)
+        figures.append({"steps": c.steps, "flops": flops * c.steps, "loss": loss} | scores)
         print(json.dumps(figures[-1]), flush=True)
-        size = max(run.world["durations"]), *run.world["shapes"][0]
-        clips.append(prompts.make(run, [prompting.new(run, size, x) for x in PROMPTS], 0, {}))
-        titles.append([f"{prompt}, {c.steps} steps" for prompt in PROMPTS])
-    clips, titles = (sum(zip(*rows, strict=True), ()) for rows in (clips, titles))
-    data.sheet(clips, titles, columns=len(TIMES), most=3).save(out / "scaling_clips.png")
-    x, curves = [row["flops"] for row in figures], {}
-    for name in ("loss", "digit", "direction"):
-        curves[name] = (x, [row[name] for row in figures])
-    panels = {"loss on held-back clips, by FLOPs of the training": {"loss": curves.pop("loss")},
-              "share of clips that show what the prompt says, by FLOPs": curves}  # fmt: skip
+        heads += ["the truth"] * (len(clips) > 1 and not columns) + [f"{c.steps} steps"]
+        columns += clips[:-1] * (not columns) + clips[-1:]
+    rows, named = zip(*columns, strict=True), [f"{x}, {head}" for x in titles for head in heads]
+    page = data.sheet(sum(rows, ()), named, columns=len(heads), most=3 if len(heads) == 3 else 6)
+    page.save(out / "scaling_clips.png")
+    x, panels = [row["flops"] for row in figures], {}
+    for k, name in enumerate(list(figures[0])[2:]):
+        short, _, unit = name.rpartition(", ")
+        short, unit = (short, unit) if short else (name, "loss" if k == 0 else "share")
+        many = sum(len(x) for title, x in panels.items() if title.startswith(unit))
+        title = f"{unit}, by FLOPs of the training" + " " * (many // 4)  # another panel
+        panels.setdefault(title, {})[short] = (x, [row[name] for row in figures])
     return out, figures, plot(panels, log_x=True)
 
 

@@ -4,10 +4,14 @@ The problem. A clip that goes on plausibly may still break the rules: a brick co
 another door when the camera returns. Who looks at clips misses that, or calls it a matter of taste.
 
 The idea. Our worlds are programs. From the start of a held-out clip and its actions, the program
-says what every frame must show. The model gets the same, and what it makes is read from pixels,
-between a *floor*, the same reader on what the VAE makes of real clips, and a *baseline*, the last
-known frame, frozen. The last row is of clips of a kind that training never shows (as in PhyWorld:
-Kang et al. 2024, "How far is video generation from world model").
+says what every frame must show. The model gets the same, and what it makes is read from pixels:
+
+    real     the truth itself: the reader's own mistakes
+    VAE      the truth after the VAE: the *floor* of any model in this latent space
+    model    the start of a clip, and what the model makes of the rest
+    frozen   the *baseline*: the last known frame, repeated
+    beyond   the model, on clips of a kind that training never shows (as in PhyWorld: Kang et al.
+             2024, "How far is video generation from world model")
 
     wall    What went behind a wall comes out again, in time, as itself.
     room    Turned away and back, once around: is it the same room? The gain over places at the same
@@ -16,11 +20,14 @@ Kang et al. 2024, "How far is video generation from world model").
     game    Paddle, ball and bricks frame by frame; one state under each of the actions; 1,000
             frames; and 200 in which nobody does anything.
 
+Figures whose names end in a unit are in it; all others are shares.
+
 Alphabet: clips uint8 [C, T, H, W]; n clips; k frames are known.
 """
 
 import argparse
-from dataclasses import replace
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +39,31 @@ from data import Clip, World
 from measure.prompts import as_table
 from measure.reader import classify, load_classifier, to_ink, window
 from vae import to_float, to_uint8
+from worlds.game import BALL, FLOOR, PADDLE, PALETTE, PLAYER, cells_of
 from worlds.wall import hidden_runs
 
 LONG, ENDLESS, STILL = 256, 1000, 200  # frames of the game
+HIDDEN = {4: range(3, 6), 8: range(7, 10), 16: range(13, 19)}  # frames that a digit is behind walls
 
-Figures = dict[str, dict]
+Figures = dict[str, float]
 
 # ----------------------------------------------------------------------------------- what is made
 
 
-def go_on(run: prompting.Run, clips: list[Clip], k: int, how: dict) -> list[np.ndarray]:
-    """The first k frames of clips, and what the model makes of the rest."""
-    lasting, tasks = run.lasting if k > 1 else str, []
+def go_on(run: prompting.Run, clips: list[Clip], how: dict) -> list[np.ndarray]:
+    """The start of clips, and what the model makes of the rest."""
+    tasks = []
     for x in clips:
-        known = np.arange(x.pixels.shape[1]) < k
-        tasks.append(prompting.Task(x.pixels, known, lasting(x.caption), actions=x.actions))
+        known = np.arange(x.pixels.shape[1]) < x.facts["known"]
+        said = run.lasting(x.caption) if known.sum() > 1 else x.caption
+        tasks.append(prompting.Task(x.pixels, known, said, actions=x.actions))
     return prompting.finished(run, tasks, range(len(tasks)), how)
+
+
+def start_known(clips: list[Clip], k: int, **facts) -> list[Clip]:
+    for clip in clips:
+        clip.facts |= {"known": k, **facts}
+    return clips
 
 
 def decoded(run: prompting.Run, clips: list[Clip]) -> list[np.ndarray]:
@@ -61,8 +77,8 @@ def decoded(run: prompting.Run, clips: list[Clip]) -> list[np.ndarray]:
     return made
 
 
-def frozen(clips: list[Clip], k: int) -> list[np.ndarray]:
-    shown = [np.minimum(np.arange(x.pixels.shape[1]), k - 1) for x in clips]
+def frozen(clips: list[Clip]) -> list[np.ndarray]:
+    shown = [np.minimum(np.arange(x.pixels.shape[1]), x.facts["known"] - 1) for x in clips]
     return [x.pixels[:, frames] for x, frames in zip(clips, shown, strict=True)]
 
 
@@ -84,12 +100,18 @@ def read(world: World, made: list[np.ndarray]) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------- game
 
 
-def score_game(world: World, clips: list[Clip], made: list[np.ndarray], k: int) -> dict:
-    seen, T = read(world, made), made[0].shape[1]
+def games(world: World, n: int, frames: int = 64) -> list[Clip]:
+    """Those first in which the ball is reflected most often."""
+    clips = start_known(world.clips(np.arange(n), frames=8 + frames), 8)
+    return sorted(clips, key=lambda x: -np.abs(np.diff(x.facts["sign"], axis=0)).sum())
+
+
+def score_game(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
+    seen, k, T = read(world, made), clips[0].facts["known"], made[0].shape[1]
     true = {name: facts_of(clips, name) for name in seen}
     off = 2 * np.abs(seen["ball"] - true["ball"]).max(2)  # [n, T], in pixels of 2 a cell
-    paddle = seen["paddle"] == true["paddle"]
-    bricks = seen["bricks"] == true["bricks"]
+    paddle = seen["paddle"] == true["paddle"]  # [n, T]
+    bricks = seen["bricks"] == true["bricks"]  # [n, T, rows, columns]
     speed = np.diff(seen["ball"], axis=1) - np.diff(true["ball"], axis=1)  # [n, T - 1, 2]
     error = 2 * np.linalg.norm(speed[:, k - 1 : k + 15], axis=2)
     wrong = np.stack([off > 2, ~paddle, ~bricks.all((2, 3))], axis=2)[:, k:]  # [n, new, 3]
@@ -97,88 +119,65 @@ def score_game(world: World, clips: list[Clip], made: list[np.ndarray], k: int) 
     first = wrong.argmax(1)  # [n, 3]: when each is wrong for the first time
     back = (np.diff(seen["bricks"].astype(int), axis=1) > 0) & ~true["bricks"][:, 1:]
     kept = np.diff(true["bricks"].sum((2, 3)), axis=1) <= 0  # until there is a new wall
-    shares = {"paddle": float(paddle[:, k:].mean())}
-    for later in (16, 64, 256):
-        if k + later <= T:
-            shares |= {f"ball {later}": float((off[:, k + later - 1] <= 2).mean()),
-                       f"bricks {later}": float(bricks[:, k + later - 1].mean())}  # fmt: skip
     came = (back[:, k - 1 :].any((2, 3)) & kept[:, k - 1 :]).any(1)
-    return shares | {
-        "brick back": float(came.mean()),
-        "speed error": f"{error.mean():.3f} px",
-        "diverges": f"frame {int(np.median(first.min(1)))}",
-        "by the ball": float((first[:, 0] == first.min(1)).mean()),
-    }
+    figures = {"paddle": paddle[:, k:].mean(), "ball's speed, px off": error.mean()}
+    for later in (x for x in (16, 64, 256) if k + x <= T):
+        figures[f"ball after {later}"] = (off[:, k + later - 1] <= 2).mean()
+        figures[f"bricks after {later}"] = bricks[:, k + later - 1].mean()
+    figures |= {"some brick comes back": came.mean(),
+                "first wrong, frames": np.median(first.min(1)),
+                "first wrong is the ball": (first[:, 0] == first.min(1)).mean()}  # fmt: skip
+    return {name: float(x) for name, x in figures.items()}
 
 
-def endless(run: prompting.Run, world: World, frames: int, still: bool, how: dict) -> dict:
-    """Is it a game after so many frames? Of each tenth: sharp pixels, a ball, a paddle."""
-    acts = np.ones(frames, int) if still else None
-    clips = world.clips(np.arange(4), frames=frames, actions=acts)
-    made, shares = go_on(run, clips, 8, how), {}
-    for part in (0, 9):
-        of = slice(frames * part // 10, frames * (part + 1) // 10)
-        near = white = bars = 0.0
-        for clip, real in zip(made, clips, strict=True):
-            x = clip[:, of].astype(float)  # [3, T, H, W]
-            colors = np.unique(real.pixels.reshape(3, -1), axis=1).T.astype(float)
-            away = np.stack([np.abs(x - c[:, None, None, None]).max(0) for c in colors]).min(0)
-            near += (away < 48).mean() / len(made)
-            white += np.isin((x.min(0) > 150).sum((1, 2)), (3, 4, 5)).mean() / len(made)
-            bar = np.abs(x - np.array([50, 190, 200.0])[:, None, None, None]).max(0) < 64
-            bars += np.isin(bar[:, 28:30].sum((1, 2)), range(14, 19)).mean() / len(made)
-        name = ("first", "last")[part > 0]
-        shares |= {f"sharp, {name}": near, f"one ball, {name}": white, f"one paddle, {name}": bars}
-    return shares
+def endless(run: prompting.Run, world: World, frames: int, still: bool, how: dict) -> Figures:
+    """Is it a game after so many frames? Of the first and last tenth: the share of sharp pixels,
+    and of frames with one ball and one paddle."""
+    acts, figures = np.ones(8 + frames, int) if still else None, {}
+    clips = start_known(world.clips(np.arange(4), frames=8 + frames, actions=acts, after=8), 8)
+    made = np.stack(go_on(run, clips, how))[:, :, 8:].swapaxes(0, 1)  # [C, n, T, H, W]
+    for name, of in (("first", slice(frames // 10)), ("last", slice(-frames // 10, None))):
+        x = made[:, :, of].reshape(3, -1, *made.shape[3:]).astype(float)  # [C, n T, H, W]
+        away = np.stack([np.abs(x - c[:, None, None, None]).max(0) for c in PALETTE.astype(float)])
+        cells = cells_of(x)  # [n T, rows, columns, C]
+        balls = (np.abs(cells - PALETTE[BALL]).max(3) < 100).sum((1, 2))
+        paddle = (np.abs(cells[:, FLOOR] - PALETTE[PLAYER]).max(2) < 64).sum(1)
+        figures |= {f"sharp, {name} tenth": float((away.min(0) < 48).mean()),
+                    f"one ball, {name} tenth": float((balls == 1).mean()),
+                    f"one paddle, {name} tenth": float((paddle == PADDLE).mean())}  # fmt: skip
+    return figures
 
 
-def choices(run: prompting.Run, world: World, clips: list[Clip], k: int, how: dict) -> dict:
+def choices(run: prompting.Run, world: World, n: int, how: dict) -> Figures:
     """The same past, and each of the actions three times: are the frames those of this action, and
     by how much nearer to them than to those of the others, in dB?"""
-    many, n, new = len(world.actions), len(clips), 3
+    many, k, new = len(world.actions), 8, 3
     ways = [world.clips(np.arange(n), frames=k + new, actions=np.full(k + new, way + 1), after=k)
             for way in range(many)]  # fmt: skip
-    near = np.zeros((n, many, many))  # made under one action, compared with the truth of another
-    for way in range(many):
-        made = go_on(run, ways[way], k, how)
-        for other in range(many):
-            near[:, way, other] = [psnr(a[:, -1], b.pixels[:, -1])
-                                   for a, b in zip(made, ways[other], strict=True)]  # fmt: skip
-    differ = np.array([[any((ways[a][j].pixels[:, -1] != ways[b][j].pixels[:, -1]).any()
-                            for b in range(many) if b != a) for a in range(many)]
-                       for j in range(n)])  # fmt: skip
-    own = np.einsum("naa->na", near)
-    others = np.where(np.eye(many, dtype=bool), -np.inf, near).max(2)
-    return {"right action": float((own >= others)[differ].mean()),
-            "margin": f"{(own - others)[differ].mean():.1f} dB"}  # fmt: skip
+    made = [go_on(run, start_known(clips, k), how) for clips in ways]
+    # Made under one action, compared with the truth of another.
+    near = np.array([[[psnr(a[:, -1], b.pixels[:, -1]) for a, b in zip(*pair, strict=True)]
+                      for pair in product([one], ways)] for one in made])  # [many, many, n]
+    last = np.array([[x.pixels[:, -1] for x in clips] for clips in ways])  # [many, n, C, H, W]
+    same = (last[:, None] == last).all((3, 4, 5))  # [many, many, n]
+    differ = (same.sum(1) < many).T  # [n, many]: from what some other action does
+    own = np.einsum("aan->na", near)
+    others = np.where(same, -np.inf, near).max(1).T
+    right, margin = (own >= others)[differ], (own - others)[differ]
+    return {"right action": float(right.mean()), "margin, dB": float(margin.mean())}
 
 
-def game(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, k = data.unseen(run.world), data.unseen(run.world, beyond=True), 8
-    clips, other = (w.clips(np.arange(n), frames=k + 64) for w in (world, beyond))
-    made = go_on(run, clips, k, how)
-    long = world.clips(np.arange(max(4, n // 4)), frames=k + LONG)
-    rows = {
-        "real": score_game(world, clips, [x.pixels for x in clips], k),
-        "VAE": score_game(world, clips, decoded(run, clips), k),
-        "model": score_game(world, clips, made, k),
-        "frozen": score_game(world, clips, frozen(clips, k), k),
-        f"model, {LONG} frames": score_game(world, long, go_on(run, long, k, how), k),
-        "model, other layouts, faster": score_game(beyond, other, go_on(run, other, k, how), k),
-    }
-    ends = {
-        f"{ENDLESS} frames": endless(run, world, ENDLESS, False, how),
-        f"{STILL} of standing still": endless(run, world, STILL, True, how),
-    }
-    acts = {"model": choices(run, world, clips, k, how)}
-    hard = [int(np.abs(np.diff(x.facts["sign"], axis=0)).sum()) for x in clips]
-    hard = np.argsort(hard)[::-1][:4]  # where the ball is reflected most often
-    tables = {
-        "game, 64 frames": rows,
-        "game, for ever": ends,
-        "game, one state under each action": acts,
-    }
-    return tables, [(clips[j], made[j]) for j in hard]
+def more_of_games(run: prompting.Run, world: World, n: int, how: dict) -> Iterator:
+    long = games(world, max(4, n // 4), LONG)
+    yield f"game, {LONG} frames", {"model": score_game(world, long, go_on(run, long, how))}
+    ends = ((f"{ENDLESS} frames", ENDLESS, False), (f"{STILL}, still", STILL, True))
+    rows = {name: endless(run, world, *way, how) for name, *way in ends}
+    yield "game, for ever", rows
+    yield from each_action(run, world, n, how)
+
+
+def each_action(run: prompting.Run, world: World, n: int, how: dict) -> Iterator:
+    yield "one state under each action", {"model": choices(run, world, n, how)}
 
 
 # ------------------------------------------------------------------------------------------- room
@@ -191,58 +190,59 @@ def around(world: World, n: int, moves: list[tuple[str, int]]) -> list[Clip]:
     return world.clips(np.arange(n), frames=len(acts), actions=acts)
 
 
-def score_walk(clips: list[Clip], made: list[np.ndarray], frames: slice) -> str:
-    """PSNR to the truth in some frames, in dB: the mean over clips."""
-    each = [psnr(x.pixels[:, frames], y[:, frames]) for x, y in zip(clips, made, strict=True)]
-    return f"{np.mean(each):.1f} dB"
+def walks(world: World, n: int) -> list[Clip]:
+    """In each of n rooms: away and back, once around, as far away as that, and a free walk."""
+    half, turn, back = 8, "turn right", "turn left"
+    kinds = (start_known(around(world, n, [(turn, half), (back, half)]), 1 + half, kind="revisit"),
+             start_known(around(world, n, [(turn, 16), (turn, 15)]), 17, kind="around"),
+             start_known(around(world, n, [(turn, half), (turn, half)]), 1 + half, kind="not seen"),
+             start_known(world.clips(np.arange(n), frames=16 + 48), 16, kind="walk"))  # fmt: skip
+    return [clip for room in zip(*kinds, strict=True) for clip in room]
 
 
-def room(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, rows, pairs = data.unseen(run.world), data.unseen(run.world, beyond=True), {}, []
-    half, turn = 8, "turn right"
-    for name, place in (("", world), (", more pillars", beyond)):
-        walks = place.clips(np.arange(n), frames=16 + 48)
-        back = around(place, n, [(turn, half), ("turn left", half)])
-        new = around(place, n, [(turn, half), (turn, half)])
-        again = around(place, n, [(turn, 16), (turn, 15)])
-        ways = {"model": lambda x, k: go_on(run, x, k, how)}
-        ways |= {"VAE": lambda x, k: decoded(run, x), "frozen": frozen} if not name else {}
-        for way, make in ways.items():
-            made = {"walk": make(walks, 16), "back": make(back, 1 + half)}
-            made |= {"new": make(new, 1 + half), "again": make(again, 17)}
-            rows[way + name] = {
-                "walk 16": score_walk(walks, made["walk"], slice(16, 32)),
-                "walk 48": score_walk(walks, made["walk"], slice(16, 64)),
-                "revisit": score_walk(back, made["back"], slice(1 + half, None)),
-                "not seen": score_walk(new, made["new"], slice(1 + half, None)),
-                "around": score_walk(again, made["again"], slice(17, None)),
-            }
-            pairs = pairs or [*zip(back, made["back"], strict=True)][:2]
-            pairs += [*zip(again, made["again"], strict=True)][: 4 - len(pairs)]
-    circle = around(world, n, [(turn, 16)])
-    made = go_on(run, circle, 0, how)
-    ends = [psnr(x[:, 0], x[:, 16]) for x in made]
-    rows["model"]["closes"] = f"{np.mean(ends):.1f} dB"
-    return {"room: PSNR to the truth": rows}, pairs
+def score_room(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
+    """PSNR to the truth of the frames that were not known."""
+    each = {}
+    for x, clip in zip(clips, made, strict=True):
+        k, kind = x.facts["known"], x.facts["kind"]
+        for of in (16, 48) if kind == "walk" else (None,):
+            name = f"{kind} {of}, dB" if of else f"{kind}, dB"
+            frames = slice(k, of and k + of)
+            each.setdefault(name, []).append(psnr(x.pixels[:, frames], clip[:, frames]))
+    return {name: float(np.mean(x)) for name, x in each.items()}
+
+
+def more_of_rooms(run: prompting.Run, world: World, n: int, how: dict) -> Iterator:
+    circle = start_known(around(world, n, [("turn right", 16)]), 0)
+    made = go_on(run, circle, how)
+    ends = {"last frame to the first, dB": float(np.mean([psnr(x[:, 0], x[:, 16]) for x in made]))}
+    yield "room, once around without a past", {"model": ends}
 
 
 # ------------------------------------------------------------------------------------------ paint
 
 
-def score_paint(world: World, clips: list[Clip], made: list[np.ndarray], k: int) -> dict:
-    seen, T = read(world, made), made[0].shape[1]
+def paintings(world: World, n: int) -> list[Clip]:
+    """Those first in which most is painted."""
+    clips = start_known(world.clips(np.arange(n), frames=8 + 100), 8)
+    return sorted(clips, key=lambda x: -(np.diff(x.facts["paper"], axis=0) != 0).sum())
+
+
+def score_paint(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
+    seen, k, T = read(world, made), clips[0].facts["known"], made[0].shape[1]
     true = {name: facts_of(clips, name) for name in seen}
     brush = np.abs(seen["brush"] - true["brush"]).max(2) == 0  # [n, T]
-    shares = {"brush": float(brush[:, k:].mean())}
-    for t in (x for x in (k + 31, k + 63, k + 99) if x < T):
+    figures = {"brush": float(brush[:, k:].mean())}
+    for later in (x for x in (32, 64, 100) if k + x <= T):
+        t = k + later - 1
         a, b = seen["paper"][:, t], true["paper"][:, t]  # [n, rows, columns]
         resting = (true["paper"][:, max(0, t - 30) : t + 1] == b[:, None]).all(1)
-        clean = (true["paper"][:, : t + 1] == 0).all(1)
-        bitten = (true["paper"][:, :t].max(1) > 0) & (b == 0)
-        after = t + 1 - k
-        shares |= {f"strokes {after}": overlap(a, b), f"resting {after}": overlap(a, b, resting)}
-    return shares | {"stays clean": float((a == 0)[clean].mean()),
-                     "bites stay": float((a == 0)[bitten].mean())}  # fmt: skip
+        figures[f"strokes after {later}"] = overlap(a, b)
+        figures[f"not touched for 30, after {later}"] = overlap(a, b, resting)
+    clean = (true["paper"][:, : t + 1] == 0).all(1)
+    bitten = (true["paper"][:, :t].max(1) > 0) & (b == 0)
+    return figures | {"stays clean": float((a == 0)[clean].mean()),
+                      "bites stay": float((a == 0)[bitten].mean())}  # fmt: skip
 
 
 def overlap(a: np.ndarray, b: np.ndarray, where=True) -> float:
@@ -250,32 +250,20 @@ def overlap(a: np.ndarray, b: np.ndarray, where=True) -> float:
     return float(((a == b) & (b > 0) & where).sum() / max(1, (((a > 0) | (b > 0)) & where).sum()))
 
 
-def paint(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    world, beyond, k = data.unseen(run.world), data.unseen(run.world, beyond=True), 8
-    clips, other = (w.clips(np.arange(n), frames=k + 100) for w in (world, beyond))
-    made = go_on(run, clips, k, how)
-    rows = {
-        "real": score_paint(world, clips, [x.pixels for x in clips], k),
-        "VAE": score_paint(world, clips, decoded(run, clips), k),
-        "model": score_paint(world, clips, made, k),
-        "frozen": score_paint(world, clips, frozen(clips, k), k),
-        "model, fuller papers": score_paint(beyond, other, go_on(run, other, k, how), k),
-    }
-    acts = {"model": choices(run, world, clips, k, how)}
-    changes = [(np.diff(x.facts["paper"], axis=0) != 0).sum() for x in clips]
-    hard = np.argsort(changes)[::-1][:4]
-    return {"paint": rows, "paint, one state under each action": acts}, [
-        (clips[j], made[j]) for j in hard
-    ]
-
-
 # ------------------------------------------------------------------------------------------- wall
 
 
-def hidings(world: World, n: int, hidden: range, T: int = 33, k: int = 9) -> list[Clip]:
-    """n clips of T frames with one digit, which is whole in at least three of the first k, and from
-    no earlier than k on is hidden for so long, then comes out and is whole again. facts: "hides",
-    "shows" and "whole", the frames in which it is for the first time."""
+def hidings(world: World, n: int) -> list[Clip]:
+    """For each of the times in HIDDEN, n clips with one digit, if there are so many."""
+    kinds = [hiding(world, n, name, hidden) for name, hidden in reversed(HIDDEN.items())]
+    return [kind[k] for k in range(n) for kind in kinds if k < len(kind)]
+
+
+def hiding(world: World, n: int, name: int, hidden: range, T: int = 33, k: int = 9) -> list[Clip]:
+    """Clips of T frames in which the digit is whole in at least three of the first k, and from no
+    earlier than k on is hidden for so long, then comes out and is whole again. facts: "hides",
+    "shows" and "whole", the frames in which it is for the first time. Without a caption: that would
+    say which digit it is."""
     clips, first = [], 0
     while len(clips) < n and first < 400 * n:
         for i, clip in enumerate(world.told(np.arange(first, first + 500), frames=100), first):
@@ -289,73 +277,89 @@ def hidings(world: World, n: int, hidden: range, T: int = 33, k: int = 9) -> lis
                 later = max(0, min(last - 2, whole - T + 1), last - k + 1)
                 if later > last - 2 or (cover[later : last + 1] > 0).any():
                     continue
-                if a - later < k or whole - later >= T or (cover[a:b] < 1).any():
+                if a - later < k or whole - later >= T:
                     continue
                 (one,) = world.clips([i], later=later, frames=T)
                 one.facts |= {"hides": a - later, "shows": b - later, "whole": whole - later}
+                one.facts["hidden"], one.caption = name, ""
                 clips.append(one)
                 break
         first += 500
-    return clips[:n]
+    return start_known(clips[:n], k)
 
 
-def score_wall(world: World, clips: list[Clip], made: list[np.ndarray]) -> dict:
-    box, network = world.config.digit, load_classifier(world.config.digit)
-    right, off, late, never = [], [], [], 0
-    for clip, one in zip(clips, made, strict=True):
-        seen, true = world.read(one), world.read(clip.pixels)
-        wall, facts = true["wall"], clip.facts
-        exits = []
-        for x in (seen["box"], true["box"]):
-            there = ~np.isnan(x[facts["hides"] :, 0])
-            gone = np.flatnonzero(~there)
-            again = np.flatnonzero(there[gone[0] :]) + gone[0] if len(gone) else [0]
-            exits.append(facts["hides"] + again[0] if len(again) else None)
-        t = facts["whole"]
-        if exits[0] is None or np.isnan(seen["box"][t, 0]):
-            never += 1
-            right.append(False)
-            continue
-        late.append(abs(exits[0] - exits[1]))
-        off.append(np.linalg.norm(seen["box"][t] - true["box"][t]))
-        ink = np.where(wall, 0, to_ink(one[:, [t]])[0])
-        read = classify(network, [window(ink, seen["box"][t], box)]).argmax()
-        right.append(read == facts["digits"][0]["digit"])
-    return {
-        "clips": f"{len(clips)}",
-        "same digit": float(np.mean(right)),
-        "frames off": f"{np.median(late):.0f} ({np.mean(late):.1f})" if late else None,
-        "within 1": float(np.mean(np.array(late) <= 1)) if late else None,
-        "pixels off": f"{np.median(off):.1f}" if off else None,
-        "never out": never / len(clips),
-    }
+def score_wall(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
+    """By how long it was hidden: is it the same digit when it should be out again, how many frames
+    early or late does it come out, how far is it from its place, and does it come at all?"""
+    network, figures = load_classifier(world.config.digit), {}
+    for name in HIDDEN:
+        pairs = [(x, y) for x, y in zip(clips, made, strict=True) if x.facts["hidden"] == name]
+        if pairs:
+            came = [come_out(world, x, y, network) for x, y in pairs]
+            out = np.array([x for x in came if x] or [(0, np.nan, np.nan)])  # [n, 3]
+            figures |= {f"same digit, hidden for {name}": float(out[:, 0].sum() / len(came)),
+                        f"hidden for {name}, frames off": float(np.median(out[:, 1])),
+                        f"hidden for {name}, px off": float(np.median(out[:, 2])),
+                        f"never out, hidden for {name}": came.count(None) / len(came)}  # fmt: skip
+    return figures
 
 
-def wall(run: prompting.Run, n: int, how: dict) -> tuple[dict[str, Figures], list]:
-    """Without a prompt: a caption would say which digit it is."""
-    world, beyond = (data.unseen(run.world, two_digits=0.0, beyond=x) for x in (False, True))
-    tables, pairs, how, k = {}, [], {"guidance": 1.0} | how, 9
-    for length in (range(3, 6), range(7, 10), range(13, 19)):
-        rows = {}
-        clips, other = (
-            [replace(x, caption="") for x in hidings(w, n, length)] for w in (world, beyond)
-        )
-        made = go_on(run, clips, k, how)
-        rows["real"] = score_wall(world, clips, [x.pixels for x in clips])
-        rows["VAE"] = score_wall(world, clips, decoded(run, clips))
-        rows["model"] = score_wall(world, clips, made)
-        rows["frozen"] = score_wall(world, clips, frozen(clips, k))
-        if other:
-            ways = go_on(run, other, k, how)
-            rows["model, thicker walls, or three"] = score_wall(beyond, other, ways)
-        tables[f"wall: hidden for {length[0]} to {length[-1]} frames"] = rows
-        pairs += list(zip(clips, made, strict=True))[: 1 + (length[0] > 3)]
-    return tables, pairs[:4]
+def come_out(world: World, clip: Clip, made: np.ndarray, network) -> tuple | None:
+    """(the right digit or not, frames off, pixels off); None if it does not come out in time."""
+    facts, box, (seen, true) = clip.facts, world.config.digit, map(world.read, (made, clip.pixels))
+    exits, t = [], facts["whole"]
+    for x in (seen["box"], true["box"]):
+        there = ~np.isnan(x[facts["hides"] :, 0])
+        gone = np.flatnonzero(~there)[:1].sum()  # 0 if it never is
+        exits.append(int(gone + np.flatnonzero(there[gone:])[0]) if there[gone:].any() else None)
+    if exits[0] is None or np.isnan(seen["box"][t, 0]):
+        return None
+    ink = np.where(true["wall"], 0, to_ink(made[:, [t]])[0])
+    digit = classify(network, [window(ink, seen["box"][t], box)]).argmax()
+    off = float(np.linalg.norm(seen["box"][t] - true["box"][t]))
+    return digit == facts["digits"][0]["digit"], abs(exits[0] - exits[1]), off
 
 
 # ------------------------------------------------------------------------------------ all of them
 
-WORLDS = {"wall": wall, "room": room, "paint": paint, "game": game}
+# Which clips, the hardest first; their figures; more tables; what training never shows.
+WORLDS = {
+    "wall": (hidings, score_wall, None, "thicker walls, or three"),
+    "room": (walks, score_room, more_of_rooms, "more pillars"),
+    "paint": (paintings, score_paint, each_action, "fuller papers"),
+    "game": (games, score_game, more_of_games, "other layouts, and a faster ball"),
+}
+
+
+def open_worlds(run: prompting.Run) -> tuple[World, World]:
+    """Within what a run learned from, and beyond it: clips that it never saw."""
+    if (kind := run.world["config"]["kind"]) not in WORLDS:
+        raise ValueError(f"this run learned from {kind}: worlds are for {', '.join(WORLDS)}")
+    more = {"two_digits": 0.0} if kind == "wall" else {}
+    return data.unseen(run.world, **more), data.unseen(run.world, beyond=True, **more)
+
+
+def within(run: prompting.Run, n: int, how: dict) -> tuple[Figures, list]:
+    """The model's figures, and pairs of clips: (the truth, the model's)."""
+    choose, score, *_ = WORLDS[run.world["config"]["kind"]]
+    clips = choose(world := open_worlds(run)[0], n)
+    made = go_on(run, clips, how)
+    return score(world, clips, made), list(zip(clips, made, strict=True))
+
+
+def tables(run: prompting.Run, n: int, how: dict, pairs: list) -> Iterator[tuple[str, dict]]:
+    """(title, {column: figures}); into `pairs` some of the clips: (the truth, the model's)."""
+    world, beyond = open_worlds(run)
+    choose, score, more, other = WORLDS[kind := run.world["config"]["kind"]]
+    model, each = within(run, n, how)
+    pairs += each[:4]
+    clips, odd = [clip for clip, _ in each], choose(beyond, n)
+    sets = {"real": score(world, clips, [x.pixels for x in clips]),
+            "VAE": score(world, clips, decoded(run, clips)), "model": model,
+            "frozen": score(world, clips, frozen(clips))}  # fmt: skip
+    sets["beyond"] = score(beyond, odd, go_on(run, odd, how))
+    yield f"{kind} (beyond: {other})", sets
+    yield from more(run, world, n, how) if more else ()
 
 
 def picture(pairs: list[tuple[Clip, np.ndarray]]) -> Image:
@@ -367,13 +371,15 @@ def picture(pairs: list[tuple[Clip, np.ndarray]]) -> Image:
 
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
-    folder = Path(args.run or prompting.newest_run())
-    run = prompting.load_run(folder)
-    kind = run.world["config"]["kind"]
-    if kind not in WORLDS:
-        raise ValueError(f"{folder} learned from {kind}: worlds are for {', '.join(WORLDS)}")
-    how = {"steps": args.steps} if args.steps else {}
-    tables, pairs = WORLDS[kind](run, args.clips, how)
-    for title, rows in tables.items():
-        print(as_table(title, rows) + "\n")
-    return folder, tables, picture(pairs)
+    folder, pairs, figures = Path(args.run or prompting.newest_run()), [], {}
+    how = {"guidance": 1.0} | ({"steps": args.steps} if args.steps else {})
+    for title, sets in tables(prompting.load_run(folder), args.clips, how, pairs):
+        print(as_table(title, turned(sets)) + "\n", flush=True)
+        figures[title] = sets
+    return folder, figures, picture(pairs)
+
+
+def turned(sets: dict[str, Figures]) -> dict[str, dict]:
+    """Rows of columns."""
+    names = dict.fromkeys(name for x in sets.values() for name in x)
+    return {name: {column: x[name] for column, x in sets.items() if name in x} for name in names}

@@ -102,8 +102,7 @@ class Game(Simulated):
     def read(self, pixels: np.ndarray) -> State:
         """A brick is where colour is, the ball is the brightest cell in all three colours, and the
         paddle lies where its row looks most like it."""
-        x = pixels.astype(float).reshape(3, -1, SIDE, CELL, SIDE, CELL).mean((3, 5))
-        x = x.transpose(1, 2, 3, 0)  # [T, SIDE, SIDE, 3]
+        x = cells_of(pixels)  # [T, SIDE, SIDE, 3]
         vivid = (x.max(3) - x.min(3))[:, TOP : TOP + ROWS]
         vivid = vivid.reshape(len(x), ROWS, COLUMNS, WIDE).mean(3)
         white = x.min(3).reshape(len(x), -1).argmax(1)
@@ -128,6 +127,12 @@ def touched(ball: np.ndarray) -> np.ndarray:
     """In whose place a ball [n, 2] would be: bool [n, ROWS, COLUMNS]."""
     rows, columns = TOP + np.arange(ROWS) == ball[:, :1], np.arange(COLUMNS) == ball[:, 1:] // WIDE
     return rows[:, :, None] & columns[:, None]
+
+
+def cells_of(pixels: np.ndarray) -> np.ndarray:
+    """Their mean colours: pixels [3, T, H, W] -> [T, SIDE, SIDE, 3]."""
+    x = pixels.astype(float).reshape(3, -1, SIDE, CELL, SIDE, CELL)
+    return x.mean((3, 5)).transpose(1, 2, 3, 0)
 
 
 WORLD = Game
