@@ -66,6 +66,7 @@ class WorldConfig:
     labelled: float = 0.1  # the share of clips for which somebody wrote the full caption
     held_out: bool = False  # the digits that are kept for evaluation
     beyond: bool = False  # in simulated worlds: what training never shows
+    crop: str = ""  # or "square": the middle of each frame, in all worlds
     pixels: int = 1024  # a folder's clips are scaled down to about so many a frame,
     multiple: int = 8  # to sides that this divides,
     unit: int = 4  # and cut to 1 + unit k frames
@@ -153,8 +154,48 @@ def world_class(kind: str) -> type[World]:
     return importlib.import_module(f"worlds.{kind if kind in known else 'folder'}").WORLD
 
 
+class Square:
+    """A world through a square in the middle of its frames, as most data sets are cut."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.shapes, self.image_shapes = (
+            tuple(dict.fromkeys((min(shape),) * 2 for shape in shapes))
+            for shapes in (world.shapes, world.image_shapes)
+        )
+
+    def __getattr__(self, name: str):
+        if name[:2] == "__":  # what Python asks for before there is a world
+            raise AttributeError(name)
+        return getattr(self.world, name)
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def sizes(self, i, image: bool = False) -> np.ndarray:
+        sizes = self.world.sizes(i, image)
+        sizes[:, 1:] = sizes[:, 1:].min(1, keepdims=True)
+        return sizes
+
+    def clips(self, *args, **more) -> list[Clip | None]:
+        clips = self.world.clips(*args, **more)
+        for clip in (x for x in clips if x and x.pixels is not None):
+            H, W = clip.pixels.shape[2:]
+            top, left, side = max(0, H - W) // 2, max(0, W - H) // 2, min(H, W)
+            clip.pixels = clip.pixels[:, :, top : top + side, left : left + side]
+        return clips
+
+    def prompts(self, n: int) -> list[tuple[str, tuple[int, int, int]]]:
+        some = self.world.prompts(n)
+        return [(said, (T, min(shape), min(shape))) for said, (T, *shape) in some]
+
+    def about(self) -> dict:
+        return self.world.about() | {"shapes": self.shapes, "image_shapes": self.image_shapes}
+
+
 def open_world(config: WorldConfig) -> World:
-    return world_class(config.kind)(config)
+    world = world_class(config.kind)(config)
+    return Square(world) if config.crop else world
 
 
 def unseen(about: dict, **changes) -> World:

@@ -4,6 +4,7 @@
     python evaluate.py tasks        # is what is known kept, and carried on?
     python evaluate.py language     # are captions and expanded prompts true?
     python evaluate.py worlds       # does a simulated world go on as it must?
+    python evaluate.py framing      # what does it cost to train on square crops?
     python evaluate.py scaling      # what does more training bring?
     python evaluate.py cost         # what do the presets cost to train?
     python evaluate.py bench        # how fast are training and the VAE?
@@ -12,7 +13,7 @@
 import json
 from argparse import RawDescriptionHelpFormatter as AsIs
 
-from measure import bench, language, prompts, scaling, tasks, worlds
+from measure import bench, framing, language, prompts, scaling, tasks, worlds
 from sample import Parser
 
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
     "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
     "worlds": (worlds.main, "run clips=64 steps"),
+    "framing": (framing.main, "run against clips=240 seed=0"),
     "scaling": (scaling.main, "run steps clips=160 out train"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
@@ -29,7 +31,7 @@ FLAGS = {
     "steps": {"type": int, "help": "of sampling; scaling: of the longest training"},
     "guidance": {"type": float, "help": "1: none (default: as sample.py)"},
     "no-expand": {"action": "store_true", "help": "take the short prompts as they are"},
-    "against": {"metavar": "RUN", "help": "an equal run with --captions written, to compare with"},
+    "against": {"metavar": "RUN", "help": "an equal run to compare with: see above"},
     "out": {"default": "out/scaling"}, "train": {"nargs": "*", "help": "its flags, after --"},
 }
 

@@ -55,7 +55,7 @@ import train
 from data import Clip, Digits, WorldConfig, hashed_uniform, open_world
 from dit import TURN, DiT, DiTConfig
 from language import END, NOTHING, Language, LanguageConfig, LanguageModel, Tokenizer, asked
-from measure import bench, prompts, reader, tasks
+from measure import bench, framing, prompts, reader, tasks
 from measure import language as facts_said
 from measure import worlds as measure_worlds
 from training import batches, checkpoints, cost, items, loop, muon, processes, recaption, words
@@ -585,7 +585,7 @@ def test_prompts_are_expanded_and_clips_captioned_each_by_itself(speaker):
 MOVING = Digits(WorldConfig(seed=5))
 
 
-@pytest.fixture(scope="module", params=["digits", "folder", "wall", "room", "paint", "game"])
+@pytest.fixture(scope="module", params="digits square folder wall room paint game".split())
 def any_world(request, tmp_path_factory) -> data.World:
     """The folder has a film of two windows with a caption, a short one, and an image."""
     if (kind := request.param) == "folder":
@@ -594,7 +594,8 @@ def any_world(request, tmp_path_factory) -> data.World:
             (clip,) = Digits(WorldConfig(shapes=((24, 32),))).clips([k], frames=T)
             write_clip(Path(kind, name), np.concatenate([clip.pixels, 255 - clip.pixels] * 2)[:3])
         Path(kind, "a.txt").write_text("a digit that moves")
-    return open_world(WorldConfig(kind, durations=(5, 9)))
+    square = ("digits", "square") if kind == "square" else (kind, "")
+    return open_world(WorldConfig(square[0], durations=(5, 9), crop=square[1]))
 
 
 def plain(x):
@@ -2345,19 +2346,28 @@ def measured(tmp_path_factory):
     """A folder of runs that train.py could have saved: done, half done, and of people's clips."""
     root = tmp_path_factory.mktemp("measured")
     c = train.parse("--width 32 --depth 1 --heads 2 --tokens 160 --rows 2 --vae-width 16 --items 60"
-                    " --text-width 64 --shapes 32x32 --steps 16 --captions written".split())
+                    " --text-width 64 --shapes 32x32,24x32 --steps 16 --captions written".split())
     world, words = train.make_world(c), Tokenizer.from_captions(["a 7 moving left"], 300)
     networks = {"vae": train.make_vae(c, world), "text": train.make_text(c, words.size),
                 "dit": train.make_dit(c, words.size, world)}  # fmt: skip
-    for place, step, kind in (("done", 16, "digits"), ("half", 1, "digits"), ("own", 16, "cats")):
+    for place, step, kind in (("done", 16, "digits"), ("half", 1, "digits"), ("own", 16, "cats"),
+                              ("square", 16, "digits")):  # fmt: skip
         (root / place).mkdir()
         about = world.about() | {"config": asdict(world.config) | {"kind": kind}}
         facts = {"config": asdict(c), "world": about, "step": step, "words": words.words}
+        facts["config"]["crop"] = "square" if place == "square" else "none"
         for name, x in networks.items():
             saved = facts | {"ema": x.state_dict(), "model": asdict(x.config)}
             torch.save(saved, root / place / f"{name}.pt")
     items.make_items(world, networks["vae"], c, root / "done" / "items")
     return root
+
+
+def test_what_a_square_cuts_off_is_noticed_and_nothing_else_is():
+    world = Digits(WorldConfig(shapes=((24, 40), (40, 24), (32, 48)), two_digits=0.0))
+    whole, square = (x.clips(np.arange(60)) for x in (world, data.Square(world)))
+    whole, square = ([framing.cut_off(x.pixels, 14) for x in clips] for clips in (whole, square))
+    assert max(whole) == 0 and 3 <= max(square) <= 14 and 20 < sum(x > 0 for x in square) < 50
 
 
 def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, capsys):
@@ -2370,12 +2380,13 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     run = f"--run {measured}/done"
     for line in (f"prompts {run} --ones 2 --twos 1", f"tasks {run} --clips 2 --minutes 1 --steps 1",
                  f"language {run} --clips 2", f"scaling {run} --clips 2 --out {tmp_path}", "cost",
-                 "bench --repeats 1"):  # fmt: skip
+                 f"framing {run} --against {measured}/square --clips 4", "bench --repeats 1"):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
         evaluate.main()
     said = capsys.readouterr().out
     names = {x.name for root in (measured / "done", tmp_path) for x in root.glob("*")}
-    assert names > {f"{x}.{y}" for x in ("prompts", "tasks", "scaling") for y in ("json", "png")}
+    assert names > {f"{x}.{y}" for x in ("prompts", "tasks", "framing", "scaling")
+                    for y in ("json", "png")}
     assert names > {"language.json", "scaling_clips.png", "1x", "4x"} and "16x" not in names
     flops = [row["flops"] for row in json.loads((tmp_path / "scaling.json").read_text())]
     assert flops == pytest.approx([flops[0], 4 * flops[0], 16 * flops[0]])
@@ -2392,6 +2403,8 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     ("scaling --run {}/half", "has done 1 of 16"), ("scaling --run {}/done --steps 5", "leave"),
     *((f"{name} --run {{}}/own", "run learned from cats: only moving digits can be measured")
       for name in ("prompts", "tasks", "language")),
+    ("framing --run {}/done", "--against: an equal run of train.py --crop square"),
+    ("framing --run {}/done --against {}/done", "--run needs --crop none, and --against --crop"),
     ("worlds --run {}/own", "run learned from cats: worlds are for wall, room"),
     ("scaling --run {}/own", "run learned from cats: only digits, wall"),
     ("scaling -- --data cats", "run learned from cats"),

@@ -73,6 +73,7 @@ class Config:
     pixels: int = 1024  # of a folder's frames, about: larger ones are scaled down
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # of digits
     digit: int = 14  # pixels; a digit's box
+    crop: str = "none"  # or square: learn from the middle of each frame
     workers: int = 2  # processes that decode a folder's clips
     # the VAE (vae.py)
     channels: int = 3
@@ -178,7 +179,8 @@ def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
     one_of = {"stage": ("all", "vae", "items", "text", "dit", "export"),
               "captions": ("recaptioned", "written"), "prediction": diffusion.PREDICTIONS,
-              "compile": ("auto", "yes", "no"), "gpu": tuple(cost.GPUS)}  # fmt: skip
+              "compile": ("auto", "yes", "no"), "gpu": tuple(cost.GPUS),
+              "crop": ("none", "square")}  # fmt: skip
     for name, choices in one_of.items():
         if getattr(c, name) not in choices:
             raise ValueError(f"--{name} {getattr(c, name)}: {', '.join(choices)}")
@@ -216,7 +218,8 @@ def make_world(c: Config) -> World:
     small = [max(c.digit, k * shapes[0][0] // 4) for k in (2, 3)]  # of images only, to learn sooner
     images = tuple((multiple * -(-side // multiple),) * 2 for side in small)
     config = WorldConfig(c.kind, c.seed, c.durations, shapes, images, c.fps, c.digit,
-                         pixels=c.pixels, multiple=multiple, unit=c.time_factor)  # fmt: skip
+                         pixels=c.pixels, multiple=multiple, unit=c.time_factor,
+                         crop=c.crop.replace("none", ""))  # fmt: skip
     if rank():
         barrier()
     world = open_world(config)
