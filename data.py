@@ -81,6 +81,7 @@ class World:
     flags = {}  # what differs from train.py's defaults where this world is learned
     sampling = {}  # what differs from prompting.py's settings
     past = 0.5  # the share of a window that is taken over from the one before it
+    noise = 0.6  # how noisy that is in training, at most; see `prompting.Settings`
 
     def __init__(self, config: WorldConfig):
         self.config = config

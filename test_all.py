@@ -1785,7 +1785,7 @@ def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
             image, past, known = made["image"][clip.item] > 0, clip.past > 0, clip.level[~clip.free]
             assert not held[clip.item] and (image or step >= 0.3 * acting.c.steps)
             assert (len(known) > 0) <= (past or made["given"][clip.item] > 0)
-            assert (known <= batches.MOST_NOISE * past).all()  # known frames: 0
+            assert (known <= acting.source.noise * past).all()  # known frames: 0
             rising = clip.level[clip.free]
             assert (np.diff(rising) >= 0).all()
             kinds = {"images": image, "dropped": clip.text == [NOTHING], "acts": clip.acts,

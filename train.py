@@ -501,7 +501,8 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
     """What the transformer learns from: items, and the caption of each as tokens."""
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    return batches.Source(made, texts, world.held_back(made["number"]), c, world.past)
+    return batches.Source(made, texts, world.held_back(made["number"]), c, world.past,
+                          world.noise)  # fmt: skip
 
 
 def dry_run(c: Config, steps: int = 4) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import diffusion
 import patches
+from data import World
 from language import NOTHING
 from prompting import noisy_past
 from training.items import Items
@@ -32,7 +33,6 @@ from training.processes import deal, rank, ranks, seeded
 # (Chen et al. 2024, "Diffusion forcing"). With one level, only the first frame after a known past
 # follows from what can be seen; of a clip that gets noisier, each one does from the one before it.
 RISING = 0.5
-MOST_NOISE = 0.6  # the highest level of a window's past; see `prompting.Settings`
 DROPOUT = 0.1  # share of the captions, and of the actions, that are dropped: guidance needs that
 HELD_BACK = 10**6  # a step whose clips are only measured on
 
@@ -71,7 +71,8 @@ class Source:
     texts: list[list[int]]  # the caption of each item, as token ids
     held: np.ndarray  # bool [n]: items that are only measured on
     c: object  # train.Config
-    past: float = 0.5  # World.past: how long pasts are, on average
+    past: float = World.past  # how long pasts are, on average
+    noise: float = World.noise  # the highest level of theirs
 
     def __post_init__(self):
         image, grid = self.items["image"] > 0, [self.items[name] for name in "thw"]
@@ -133,7 +134,7 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
         if ahead:
             past = 1 + int(u[k, 3] ** (1 / source.past - 1) * (t - 1))
             free[:past] = False
-        level = np.where(free, level, MOST_NOISE * u[k, 4] * bool(ahead))
+        level = np.where(free, level, source.noise * u[k, 4] * bool(ahead))
         acts, frame = u[k, 5] >= DROPOUT, int(source.frame[item])
         start = int(ahead > 0 or later > 0)
         drawn.append(Drawn(item, texts[k], level, free, past, acts, start, frame))

@@ -28,7 +28,7 @@ class Game(Simulated):
     flags = dict(durations=(5,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
                  items=12_000, given=0.03, later=0.9, vae_steps=500, steps=2500)  # fmt: skip
     sampling = dict(steps=4, guidance=1.0, noise=0.1)
-    past = 0.8  # all but the last frame
+    past, noise = 0.8, 0.3  # all but the last frame; what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
         """Anywhere in a game: some bricks are gone. What training never shows: other layouts, and a

@@ -33,7 +33,7 @@ class Paint(Simulated):
     flags = dict(durations=(5,), time_factor=1, channels=6, images=0.0, image_phase=0.0,
                  items=12_000, given=0.03, later=0.9, vae_steps=900, steps=2500)  # fmt: skip
     sampling = dict(steps=8, guidance=1.0, noise=0.1)
-    past = 0.8  # all but the last frame
+    past, noise = 0.8, 0.3  # all but the last frame; what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
         """In the middle of a plan: its first figures are on the paper. What training never shows:
