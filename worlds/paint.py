@@ -1,9 +1,9 @@
 """A digital world: painting. What the brush does to the paper stays there.
 
-The paper has 16 x 16 cells of 2 x 2 pixels, and the brush is at one of them. While it is down, it
+The paper has 8 x 8 cells of 4 x 4 pixels, and the brush is at one of them. While it is down, it
 marks this cell in its colour; the eraser, the last of its tools, takes a bite of 3 x 3 cells. The
-brush is seen as a ring around the cell, in a darker shade of its colour: all of the ring while it
-is down, only the corners while it is lifted. It hides no cell entirely, so a frame shows it all.
+brush is seen as a ring inside the cell, in a darker shade of its colour: all of the ring while it
+is is down, only two sides while it is lifted. It hides no cell entirely, so a frame shows it all.
 
 In training, one of three paints: one who draws lines; one who draws squares; one who presses keys
 at random, and holds them. The first two press a random key now and then.
@@ -13,14 +13,14 @@ import numpy as np
 
 from worlds.simulated import Simulated, State, chosen
 
-SIDE, CELL = 16, 2  # cells of the paper; pixels of a cell
+SIDE, CELL = 8, 4  # cells of the paper; pixels of a cell
 COLORS = {"red": (225, 35, 60), "yellow": (250, 200, 0),
           "green": (40, 190, 90), "blue": (50, 100, 245)}  # fmt: skip
 TOOLS, ERASER = (*COLORS, "the eraser"), len(COLORS)
 CELLS = np.array([(245, 242, 230), *COLORS.values()], np.uint8)  # clean, and painted
 RINGS = np.array([*0.55 * CELLS[1:], (200, 0, 200)]).astype(np.uint8)  # of each tool
-EDGE = np.array([True, False, False, True])
-SHOWN = np.stack([EDGE[:, None] & EDGE, EDGE[:, None] | EDGE])  # of a ring: lifted, down
+EDGE = np.isin(np.arange(CELL), (0, CELL - 1))
+SHOWN = np.stack([EDGE | np.zeros((CELL, 1), bool), EDGE[:, None] | EDGE])  # a ring: lifted, down
 FIGURES, DRAWN, LEGS = 11, 5, 5  # of a plan; of a figure: its random numbers, and its goals
 WAYS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
 STYLES = ("the brush draws lines", "the brush draws squares", "the brush wanders")
@@ -30,25 +30,25 @@ KEYS = (1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 7)  # what a random key is one of
 class Paint(Simulated):
     colors = 3
     actions = ("stay", "up", "down", "left", "right", "lift or lower", "next colour")
-    flags = dict(durations=(5,), time_factor=1, channels=6, images=0.0, image_phase=0.0,
-                 items=12_000, given=0.03, later=0.9, vae_steps=900, steps=2500)  # fmt: skip
-    sampling = dict(steps=8, guidance=1.0, noise=0.1)
+    flags = dict(durations=(5,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
+                 items=12_000, given=0.03, later=0.9, vae_steps=700, steps=3500)  # fmt: skip
+    sampling = dict(steps=2, guidance=1.0, noise=0.05)
     past, noise = 0.8, 0.3  # all but the last frame; what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
         """In the middle of a plan: its first figures are on the paper. What training never shows:
         a paper full of diagonal stripes."""
         each, own = u[:, : FIGURES * DRAWN].reshape(-1, FIGURES, DRAWN), u[:, FIGURES * DRAWN :]
-        style, first = chosen(own[:, 0], (0, 0, 0, 1, 1, 1, 2, 2)), chosen(own[:, 1], range(2, 8))
+        style, first = chosen(own[:, 0], (0, 0, 0, 1, 1, 1, 2, 2)), chosen(own[:, 1], range(1, 6))
         earlier = np.arange(FIGURES) < first[:, None]  # these are lines and squares
         way = chosen(each[..., 0], range(8))  # from 4 on: a square
         way = np.where(earlier, way, way % 4 + 4 * (style == 1)[:, None])
         tool = chosen(each[..., 1], (0, 0, 1, 1, 2, 3, 4)).cumsum(1) % len(TOOLS)
         # A figure starts near the one before, on a walk that the edges of the paper reflect.
-        walk = chosen(each[..., 2:4], range(-4, 5)).cumsum(1)
+        walk = chosen(each[..., 2:4], range(-3, 4)).cumsum(1)
         walk += chosen(own[:, None, 2:4], range(SIDE)) + SIDE - 1
         start = np.abs(walk % (2 * SIDE - 2) - SIDE + 1)  # [n, FIGURES, 2]
-        end = start + chosen(each[..., 4], range(2, 9))[..., None] * WAYS[way]
+        end = start + chosen(each[..., 4], range(2, 5))[..., None] * WAYS[way]
         end = np.where((end < 0) | (end >= SIDE), 2 * start - end, end)  # to where there is room
         paper = np.zeros((len(u), SIDE, SIDE), int)
         for k in range(first.max(initial=0)):
@@ -94,11 +94,10 @@ class Paint(Simulated):
 
     def render(self, state: State) -> np.ndarray:
         frames = CELLS[state["paper"]].repeat(CELL, axis=1).repeat(CELL, axis=2)
-        frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)))  # a ring may leave the picture
-        place = around(state["brush"])
-        shown = SHOWN[state["down"].astype(int)][..., None]  # [n, 4, 4, 1]
-        frames[place] = np.where(shown, RINGS[state["tool"]][:, None, None], frames[place])
-        return frames[:, 1:-1, 1:-1].transpose(0, 3, 1, 2)
+        place, shown = inside(state["brush"]), SHOWN[state["down"].astype(int)]  # [n, CELL, CELL]
+        ring = RINGS[state["tool"]][:, None, None]
+        frames[place] = np.where(shown[..., None], ring, frames[place])
+        return frames.transpose(0, 3, 1, 2)
 
     def read(self, pixels: np.ndarray) -> State:
         """The brush is where pixels look most like its ring and least like paint; a blurred ring is
@@ -106,15 +105,15 @@ class Paint(Simulated):
         x = pixels.swapaxes(0, 1)  # [T, 3, H, W]
         cells, rings = unlike(x, CELLS), unlike(x, RINGS)
         rings = np.minimum(rings, unlike(x, 0.7 * RINGS + 0.3 * CELLS[0]))
-        gain = np.pad(cells.min(1, keepdims=True) - rings, ((0, 0), (0, 0), (1, 1), (1, 1)))
-        gain = np.lib.stride_tricks.sliding_window_view(gain, (4, 4), (2, 3))[:, :, ::CELL, ::CELL]
-        score = np.einsum("tkrcyx,dyx->trcdk", gain, SHOWN)
+        gain = cells.min(1, keepdims=True) - rings  # [T, tools, H, W]
+        gain = gain.reshape(*gain.shape[:2], SIDE, CELL, SIDE, CELL)
+        score = np.einsum("tkrycx,dyx->trcdk", gain, SHOWN)
         best = score.reshape(len(x), -1).argmax(1)
         row, column, down, tool = np.unravel_index(best, score.shape[1:])
         brush = np.column_stack([row, column])
-        bare = np.ones((len(x), CELL * SIDE + 2, CELL * SIDE + 2), bool)
-        bare[around(brush)] = ~SHOWN[down]
-        cells = (cells * bare[:, None, 1:-1, 1:-1]).reshape(-1, len(CELLS), SIDE, CELL, SIDE, CELL)
+        bare = np.ones((len(x), CELL * SIDE, CELL * SIDE), bool)
+        bare[inside(brush)] = ~SHOWN[down]
+        cells = (cells * bare[:, None]).reshape(-1, len(CELLS), SIDE, CELL, SIDE, CELL)
         paper = cells.sum((3, 5)).argmin(1)
         return {"paper": paper, "brush": brush, "down": down > 0, "tool": tool}
 
@@ -150,10 +149,10 @@ def goals(start: np.ndarray, end: np.ndarray, tool: np.ndarray, way: np.ndarray)
     return np.concatenate([place, down[..., None], tool[..., None]], 3).reshape(len(place), -1, 4)
 
 
-def around(brush: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where the 4 x 4 pixels around cells [n, 2] are, with one more on each side of the picture."""
+def inside(brush: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where the pixels of cells [n, 2] are."""
     y, x = CELL * brush.T[..., None, None]
-    return np.arange(len(brush))[:, None, None], y + np.arange(4)[:, None], x + np.arange(4)
+    return np.arange(len(brush))[:, None, None], y + np.arange(CELL)[:, None], x + np.arange(CELL)
 
 
 def unlike(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
