@@ -49,7 +49,7 @@ from sample import Parser
 from training import batches, checkpoints, cost, items, recaption, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
-from training.processes import barrier, rank, ranks, seeded
+from training.processes import barrier, keep_memory, rank, ranks, seeded
 from vae import VAE, VAEConfig, to_float
 from worlds.media import write_gif
 
@@ -525,6 +525,7 @@ def start_processes() -> torch.device:
     """This process's device; with torchrun, it joins the others. Signals ask to stop."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
+    keep_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started several of us

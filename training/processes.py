@@ -4,6 +4,8 @@ Alone, a process takes the same way through these functions, so no other file as
 are. A tensor that FSDP2 has spread out is a DTensor, of which each process holds some rows.
 """
 
+import ctypes
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -18,6 +20,17 @@ def rank() -> int:
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def keep_memory() -> None:
+    """On a CPU, glibc gives each large array back to the system as soon as it is freed, and the
+    next one is made of pages that have to be zeroed first. From here on it keeps them."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another system
+    for option, value in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):  # mmap and trim thresholds, pad
+        mallopt(option, value)
 
 
 def barrier() -> None:

@@ -3,7 +3,7 @@
 The paper has 8 x 8 cells of 4 x 4 pixels, and the brush is at one of them. While it is down, it
 marks this cell in its colour; the eraser, the last of its tools, takes a bite of 3 x 3 cells. The
 brush is seen as a ring inside the cell, in a darker shade of its colour: all of the ring while it
-is is down, only two sides while it is lifted. It hides no cell entirely, so a frame shows it all.
+is down, only two sides while it is lifted. It hides no cell entirely, so a frame shows it all.
 
 In training, one of three paints: one who draws lines; one who draws squares; one who presses keys
 at random, and holds them. The first two press a random key now and then.
