@@ -44,7 +44,7 @@ from worlds.media import write_gif
 
 MOST, IDLE = 8, 60  # sessions at once; seconds after which one that nobody plays may end
 KEPT = 600  # frames for a recording
-FOREVER = 10**5  # frames of a clip that goes on for some hours
+FOREVER = 5000  # frames of a clip; then the next one goes on from its end
 
 
 class Game:
@@ -60,7 +60,7 @@ class Game:
             self.prompt = prompt or self.world.prompts(number + 1)[-1][0]
             return self.begin(np.zeros((run.vae.config.colors, 0, *self.size), np.uint8), [])
         (clip,) = self.world.clips([number], frames=trained_window(run))
-        self.prompt = run.lasting(prompt or clip.caption)
+        self.prompt = prompt or clip.caption
         self.state = {name: value[-1:] for name, value in clip.facts.items()}
         self.real = deque(zip(clip.pixels.swapaxes(0, 1), clip.actions, strict=True),
                           maxlen=clip.pixels.shape[1])  # fmt: skip
@@ -77,19 +77,23 @@ class Game:
         self.actions, self.at = np.zeros(k + FOREVER, int), k
         self.actions[:k] = actions
         if k:
-            task = replace(extend(known, FOREVER, self.prompt), actions=self.actions)
+            said = run.lasting(self.prompt)
+            task = replace(extend(known, FOREVER, said), actions=self.actions)
         else:  # a caption says how long a clip is, and none is that long
             short = new(run, (max(run.world["durations"]), *self.size), self.prompt)
-            (short,) = prompting.expand(run, [short], [self.number])
-            task = new(run, (FOREVER, *self.size), short.prompt)
+            self.prompt = prompting.expand(run, [short], [self.number])[0].prompt
+            task = new(run, (FOREVER, *self.size), self.prompt)
         self.how = getattr(self, "how", settings(run, task))
-        self.how.past = trained_window(run) - 1 if k else None  # one frame an action
+        self.how.past = trained_window(run) - 1 if self.world.actions else None  # a frame an action
         chunks = prompting.complete(run, [task], [self.number], self.how)
         self.made = islice((x for chunk in chunks for x in chunk[0].swapaxes(0, 1)), k, None)
 
     def step(self, action: int) -> dict:
         """Both worlds a frame on: "model" and "real" [C, H, W], and of all that can be read in the
         model's frame the share that is wrong."""
+        if self.at == len(self.actions):
+            last = list(self.shown)[-max(self.run.world["durations"]) :]
+            self.begin(np.stack([x[0] for x in last], axis=1), self.actions[-len(last) :])
         self.used, self.actions[self.at] = time.time(), action
         self.at += 1
         made = next(self.made)

@@ -2330,6 +2330,7 @@ def test_a_simulated_world_is_learned_prompted_and_measured(kind, tmp_path, monk
         assert sample.command(["--prompt", "", "--extend", str(clip), *acts, *flags]) == 0
         assert len(np.load(tmp_path / "new.npy")) == 9 + 3
         assert sample.command(["--prompt", "", "--actions", "random", *flags]) == 0
+    monkeypatch.setattr(play, "FOREVER", 4)  # then it goes on
     played_by_a_page(out, world)
     for name, value in (("LONG", 8), ("ENDLESS", 16), ("STILL", 16)):
         monkeypatch.setattr(measure_worlds, name, value)
