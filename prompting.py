@@ -212,10 +212,11 @@ class Settings:
 def settings(run: Run, task: Task) -> Settings:
     """The settings that worked best: the world's own, or else those for moving digits. Known frames
     already show what the prompt says: less guidance makes seams smoother, and new frames truer.
-    Fresh noise in each step lets a digit that was placed wrong still move."""
-    known = np.flatnonzero(task.known)
-    if run.world["sampling"]:
-        return Settings(**run.world["sampling"])
+    Fresh noise in each step lets a digit that was placed wrong still move. What follows from known
+    frames and actions alone takes few steps; to begin with nothing takes many."""
+    known, own = np.flatnonzero(task.known), run.world["sampling"]
+    if own:
+        return Settings(**own | ({} if len(known) else {"steps": Settings.steps}))
     if len(known) <= 1 or task.strength < 1:
         return Settings()
     two_ends = known[-1] - known[0] >= len(known)
