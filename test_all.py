@@ -1958,6 +1958,49 @@ def test_a_clip_shows_what_is_on_the_screen(own_files, fps, name):
     assert np.array_equal(media.read(path, times[-5:], (24, 40), found=found), clip[:, -5:])
 
 
+def encoded(path: Path, codec: str, levels: dict, **tags) -> None:
+    """Video streams, each of frames of one gray: {pixel format: [gray, ...]}."""
+    with av.open(str(path), "w") as file:
+        streams = dict(zip((file.add_stream(x, rate=10) for x in codec.split()), levels, strict=True))
+        for stream, form in streams.items():
+            stream.height, stream.width, stream.pix_fmt = 32, 48, form
+            for name, tag in tags.items():
+                setattr(stream.codec_context, name, tag)
+        for stream, form in streams.items():
+            for level in levels[form]:
+                pixels = np.full((32, 48, 3), level, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            file.mux(stream.encode(None))
+
+
+def test_files_as_phones_and_browsers_make_them(tmp_path):
+    path = tmp_path / "a.mp4"
+    encoded(path, "mjpeg libx264", {"yuvj420p": [250], "yuv420p": [100] * 3})  # a cover, a film
+    assert media.probe(path)["frames"] == 3 and abs(media.read(path).mean() - 100) < 3
+    for transfer, white in ((media.PQ, 0.58), (media.HLG, 0.75)):  # a white page is bright, not dim
+        page = media.tone_mapped(np.full((1, 1, 3), white), transfer)
+        assert 235 < page.min() and page.max() < 245
+    encoded(path, "libx264", {"yuv420p": [189]}, color_trc=media.HLG, colorspace=9)
+    assert media.read(path).min() > 230
+    # 48 megapixels, turned, of which no process ever holds more than it needs
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("L", (8064, 6048), 77).save(tmp_path / "a.jpg", exif=exif)
+    found, clip = media.probe(tmp_path / "a.jpg"), media.read(tmp_path / "a.jpg", size=(40, 30))
+    assert (found["height"], found["width"]) == (8064, 6048) and (clip == 77).all()
+    first, *others = map(Image.fromarray, numbered(4, 16, 16))
+    path = tmp_path / "a.gif"  # up to 10 ms is 100 ms; without an end, or with more behind it
+    first.save(path, save_all=True, append_images=others, duration=[10, 20, 0, 300])
+    assert media.probe(path)["seconds"] == pytest.approx(0.1 + 0.02 + 0.1 + 0.3)
+    for raw in (path.read_bytes()[:-1], path.read_bytes() + b"more" * 9):
+        path.write_bytes(raw)
+        assert media.probe(path)["frames"] == 4
+    media.write_clip(path, RAMP, fps=30)  # 33.3 ms each, which adds up
+    assert media.probe(path)["seconds"] == pytest.approx(0.3)
+    path.rename(tmp_path / "b.mp4")  # a kind is told by what is in it
+    assert media.probe(tmp_path / "b.mp4")["kind"] == "picture"
+
+
 def test_a_folder_is_looked_at_once(own_files, tmp_path, monkeypatch, capsys):
     root = shutil.copytree(own_files, tmp_path / "own", ignore=lambda *_: [folder.INDEX])
     looked, config = [], WorldConfig(str(root))

@@ -28,15 +28,18 @@ from pathlib import Path
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from data import enlarge
 
-VIDEO = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+VIDEO = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
+         ".ogv", ".ts", ".mts", ".m2ts")  # fmt: skip
+PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".jfif", ".tif", ".tiff")
 SUFFIXES = (".gif", ".mp4", ".webm", ".webp", ".png", ".npy")  # that we write
 MOST_PIXELS = 2**25  # of a frame that is read: four times 4K
 MOST_NUMBERS = 2**29  # of a clip in memory: half a gigabyte
-BT709, UNTAGGED = 1, 2  # how video encodes colours, as FFmpeg counts
+BT709, UNTAGGED, PQ, HLG = 1, 2, 16, 18  # how video encodes colours, as FFmpeg counts
 CODECS = {  # name, quality, how it becomes a file: in fragments that play by themselves
     ".mp4": ("libx264", {"crf": "12", "tune": "zerolatency"},
              {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
@@ -69,7 +72,8 @@ def probe(path: str | Path) -> dict:
         raise ValueError(f"{path}: an empty file")
     with naming(path):
         try:  # each frame: only decoding shows that it is there, and how long it lasts
-            *seen, (end, _) = [(begin, page and page.size) for begin, page in pictures(path)]
+            *seen, (end, _) = [(begin, page and page.info.get("whole", page.size))
+                               for begin, page in pictures(path, 1)]  # fmt: skip
         except UnidentifiedImageError:
             return probe_video(path)
     last, (W, H) = seen[-1]
@@ -81,9 +85,7 @@ def probe_video(path: Path) -> dict:
     """Decodes the first frame alone; times are those of the packets."""
     frame, packets = None, []
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("no video in it")
-        stream = container.streams.video[0]
+        stream = moving(container)
         check_size(stream.height, stream.width)
         unit, aspect = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
         for p in container.demux(stream):
@@ -104,6 +106,14 @@ def probe_video(path: Path) -> dict:
     H, W = (W, H) if frame.rotation % 180 else (H, W)
     found = {"kind": "video", "frames": len(times), "height": H, "width": W}
     return found | {"start": start, "last": last - start, "seconds": seconds}
+
+
+def moving(container):
+    """The first video stream that is no cover art."""
+    if not (streams := container.streams.video):
+        raise ValueError("no video in it")
+    cover = Disposition.attached_pic
+    return min(streams, key=lambda x: (bool(x.disposition & cover), x.frames == 1))  # the first
 
 
 def check_size(H: int, W: int) -> None:
@@ -140,9 +150,9 @@ def read(path: str | Path, times=None, size=None, colors: int = 3, found=None, b
     return np.ascontiguousarray(clip.transpose(3, 0, 1, 2))
 
 
-def pictures(path: Path, side: int | None = None) -> Iterator[tuple[float, Image.Image | None]]:
-    """(begin, upright frame) of a picture or .npy; then (end, None). side: no side is needed larger
-    than that."""
+def pictures(path: Path, side: int) -> Iterator[tuple[float, Image.Image | None]]:
+    """(begin, upright frame) of a picture or .npy; then (end, None). No side is needed larger than
+    `side`; info["whole"] has the size of the whole picture."""
     Image.MAX_IMAGE_PIXELS, begin = None, 0.0  # ours is the stricter limit
     if path.suffix.lower() == ".npy":  # mapped, so that a header's false promise costs nothing
         array = np.lib.format.open_memmap(path, mode="r")
@@ -153,16 +163,16 @@ def pictures(path: Path, side: int | None = None) -> Iterator[tuple[float, Image
         yield len(array) / 10, None
         return
     with Image.open(path) as image:
+        whole = image.size
+        image.draft("RGB", (side, side))  # decodes a large JPEG smaller
         check_size(image.height, image.width)
-        if image.format == "GIF" and b";" not in path.read_bytes()[-16:]:
-            raise ValueError("a GIF that is cut off")  # Pillow would show what there is
-        if side:
-            image.draft("RGB", (side, side))  # decodes a large JPEG smaller
         # A phone's JPEG may hold a preview and a depth map besides, as if they were frames.
-        moves = image.format in ("GIF", "WEBP", "PNG")
+        moves = image.format in ("GIF", "WEBP", "PNG", "AVIF")
         for frame in ImageSequence.Iterator(image) if moves else [image]:
             frame.load()  # only then is its duration known
-            yield begin, ImageOps.exif_transpose(frame)  # a copy
+            page = ImageOps.exif_transpose(frame)  # a copy
+            page.info["whole"] = whole[:: 1 if page.size == frame.size else -1]
+            yield begin, page
             lasts = frame.info.get("duration", 0)
             begin += (lasts if lasts > 10 else 100) / 1000  # as in browsers
         yield begin, None
@@ -171,7 +181,7 @@ def pictures(path: Path, side: int | None = None) -> Iterator[tuple[float, Image
 def videos(path: Path, found: dict, first: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """(begin, frame) from the last key frame before `first`, or from 0 where it can't seek."""
     with av.open(str(path)) as container:
-        stream, seeks = container.streams.video[0], first > 0
+        stream, seeks = moving(container), first > 0
         stream.codec_context.thread_count = 1  # other processes read other files meanwhile
         if seeks:
             container.seek(int((found["start"] + first) / stream.time_base), stream=stream)
@@ -205,15 +215,34 @@ def upright(frame: av.VideoFrame, size: tuple[int, int]) -> Image.Image:
         raise ValueError(f"damaged at {frame.time:.1f} seconds")
     W, H = size if frame.rotation % 180 else size[::-1]
     # Players take untagged video for BT.709 in high definition, and for BT.601 below.
-    space = BT709 if frame.colorspace == UNTAGGED and frame.height >= 720 else None
+    high = frame.width >= 1280 or frame.height > 576
+    space = BT709 if frame.colorspace == UNTAGGED and high else None
     how = "AREA" if H * W < frame.height * frame.width else "BICUBIC"
     pixels = frame.reformat(W, H, "rgb24", space, interpolation=how, threads=1).to_ndarray()
+    if frame.color_trc in (PQ, HLG):
+        pixels = tone_mapped(pixels / 255, frame.color_trc)
     if (side := frame.side_data.get(Type.DISPLAYMATRIX)) is not None:
         a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
         if frame.rotation % 180:
             pixels, a, d = pixels.swapaxes(0, 1), c, b
         pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return Image.fromarray(pixels)
+
+
+def tone_mapped(x: np.ndarray, transfer: int) -> np.ndarray:
+    """HDR [H, W, 3] in [0, 1], with the colours of BT.2020, as uint8 for an ordinary screen. Light
+    up to 3/4 of a white page's stays as it is; what is brighter comes ever closer to white."""
+    if transfer == PQ:  # BT.2100, table 4: x -> candela a square metre
+        x = x ** (1 / 78.84375)
+        light = 10_000 * ((x - 0.8359375).clip(0) / (18.8515625 - 18.6875 * x)) ** 6.2773946
+    else:  # table 5: x -> light of the scene -> that of a screen of 1,000 candela
+        bright = (np.exp((x - 0.55991073) / 0.17883277) + 0.28466892) / 12
+        scene = np.where(x < 0.5, x**2 / 3, bright)
+        light = 1000 * scene * (scene @ [[0.2627], [0.6780], [0.0593]]) ** 0.2
+    to_bt709 = [[1.6605, -0.1246, -0.0182], [-0.5876, 1.1329, -0.1006], [-0.0728, -0.0083, 1.1187]]
+    light = (light / 203 @ to_bt709).clip(0)  # 1: a white page (BT.2408)
+    light = np.where(light < 0.75, light, 1 - 0.25 * np.exp(3 - 4 * light))
+    return (255 * light ** (1 / 2.2)).round().astype(np.uint8)
 
 
 def read_clip(path: str | Path, colors: int, multiple: int, size: tuple[int, int] | None = None,
