@@ -59,7 +59,7 @@ class WorldConfig:
     durations: tuple[int, ...] = (9, 17)  # frames of videos
     shapes: tuple[tuple[int, int], ...] = ((32, 32), (24, 40), (40, 24), (32, 48), (48, 32))
     image_shapes: tuple[tuple[int, int], ...] = ((16, 16), (24, 24))  # more, of images only
-    fps: int = 10
+    fps: float = 10
     digit: int = 14  # pixels; a digit's box. 14 of 32 is the classic 28 of 64, halved
     two_digits: float = 0.5  # the share of clips with two, where two have room side by side
     speeds: tuple[int, ...] = (1, 2)  # pixels a frame

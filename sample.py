@@ -15,9 +15,10 @@
 
 A clip has the size of the grid of noise patches that sampling starts from: lay out more frames,
 rows or columns of noise, and a longer, taller or wider clip comes out (the report's "choosing the
-output size"). The frames of your files come out as your own pixels, untouched. If the model was
-trained on full captions, a short prompt is first expanded into one, differently for each seed, and
-printed. A clip is a function of its prompt, size, seed and files: in a batch, alone or tomorrow.
+output size"). Your files are read as training reads them: upright, at the model's frame rate, of
+sizes that it knows; from there on, their pixels come out untouched. If the model was trained on
+full captions, a short prompt is first expanded into one, differently for each seed, and printed.
+A clip is a function of its prompt, size, seed and files: in a batch, alone or tomorrow.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import prompting
 from data import sheet
 from dit import MOST_WORDS
 from prompting import AT_ONCE, Run, Task
-from worlds.media import MOST_NUMBERS, SUFFIXES, VIDEO, Writer, read_clip
+from worlds.media import MOST_NUMBERS, SUFFIXES, VIDEO, Writer, fitted, naming, probe, read_clip
 
 MOST_FRAMES = 10**6
 
@@ -44,6 +45,11 @@ MOST_FRAMES = 10**6
 class Parser(argparse.ArgumentParser):  # a mistake is one line
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def frame_rate(text: str) -> float:
+    """29.97, or an int where it is whole."""
+    return int(value) if (value := float(text)).is_integer() else value
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,15 +72,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--actions", help='such as "left*8 right*8", a file with one a line, or random')
     length.add_argument("--frames", type=int, help="how many, or how many to add; 1 is an image")
     length.add_argument("--seconds", type=float, help="the same, in seconds")
-    say("--height", type=int, help="H in pixels (default: that of your clip, or as trained)")
+    say("--height", type=int, help="H in pixels (default: as in training, with your clip's shape)")
     say("--width", type=int, help="W in pixels; your clip is resized to both")
-    say("--fit", choices=["crop", "pad"], default="crop", help="how your clip gets a possible size")
+    say("--fit", choices=["crop", "pad"], default="crop", help="a clip of another shape")
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
     say("--steps", type=int, help="sampling steps (default: ddpm 50, ddim 30)")
     say("--guidance", type=float, help="1: none (default: 4; extend 2; loop and connect 1)")
     say("--sampler", choices=["ddim", "ddpm"], help="default: ddpm for extend, loop and connect")
-    say("--fps", type=int, help="frames a second, of your files, too (default: as trained)")
+    say("--fps", type=frame_rate, help="frames a second, of your files, too (default: as trained)")
     say("--scale", type=int, default=1, help="pixels of the file for each of the clip (default: 1)")
     say("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))
     args = parser.parse_args(argv)
@@ -111,15 +117,21 @@ def mistake(args: argparse.Namespace) -> str | None:
 
 
 def read_files(run: Run, args: argparse.Namespace) -> list[np.ndarray]:
-    """The files as clips [C, T, H, W] of one size; says what was done to them."""
-    vae, clips = run.vae.config, []
-    size = (args.height, args.width) if args.height else None
+    """The files as clips [C, T, H, W] of one size: as training shows them, unless --height and
+    --width say otherwise. Says what was done to them."""
+    vae, clips, fps = run.vae.config, [], 0 if args.image else args.fps
+    learned = {*map(tuple, (*run.world["shapes"], *run.world["image_shapes"]))}
+    size, fit = (args.height, args.width) if args.height else None, args.fit
     for path in args.files:
-        sides, fps = vae.space_factor * run.config["patch"], 0 if args.image else args.fps
-        clip, done = read_clip(path, vae.colors, sides, size, args.fit, fps)
-        size = clip.shape[2:]  # also of the one that it is to be connected with
+        found = probe(path)
+        if not size and (size := (found["height"], found["width"])) not in learned:
+            pixels, multiple = run.world["config"]["pixels"], vae.space_factor * run.config["patch"]
+            with naming(path):
+                size, fit = fitted(*size, pixels, multiple), ""
+        clip, done = read_clip(path, vae.colors, size, fit, fps, found)
         clips.append(clip)
-        print(done)
+        print(done + ", as in training; --height and --width choose otherwise" * (not fit))
+        fit = args.fit  # of the one that it is to be connected with, which gets the same size
     return clips
 
 

@@ -1262,7 +1262,7 @@ def test_examples_in_the_help_work(toy_folder, tmp_path, monkeypatch):
         status, out, err = sample_command(toy_folder, line)
         assert status == 0 and ("wrote" in out) == ("seed 0: " in out) == ("--prompt" in line), err
     names = "seven.gif longer.gif earlier.gif loop.webp eight.png falling.gif minute.mp4 both_0.gif"
-    clips = [media.read_clip(name, 1, 8)[0] for name in names.split()]
+    clips = [media.read_clip(name, 1)[0] for name in names.split()]
     seven, longer, earlier, ring, eight, falling, minute, enlarged = clips
     assert len(lines) >= 12 and seven.shape == (1, 17, 32, 48) and minute.shape == (1, 50, 32, 32)
     for clip in (longer[:, :17], earlier[:, -17:], ring[:, :17]):
@@ -1326,7 +1326,7 @@ def test_an_interrupted_run_leaves_a_playable_file(toy_folder, tmp_path):
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=30)
     assert job.returncode == 130 and b"interrupted" in err and b"Traceback" not in err
-    assert media.read_clip(path, 1, 8)[0].shape[1] > 20
+    assert media.read_clip(path, 1)[0].shape[1] > 20
 
 
 torch.set_num_threads(1)  # everything here is small: a second thread costs more than it brings
@@ -1958,16 +1958,16 @@ def test_a_clip_shows_what_is_on_the_screen(own_files, fps, name):
     assert np.array_equal(media.read(path, times[-5:], (24, 40), found=found), clip[:, -5:])
 
 
-def encoded(path: Path, codec: str, levels: dict, **tags) -> None:
-    """Video streams, each of frames of one gray: {pixel format: [gray, ...]}."""
+def encoded(path: Path, films: dict[str, tuple[str, list[int]]], **tags) -> None:
+    """Streams of a file: {codec: (pixel format, gray of each frame)}."""
     with av.open(str(path), "w") as file:
-        streams = dict(zip((file.add_stream(x, rate=10) for x in codec.split()), levels, strict=True))
-        for stream, form in streams.items():
+        streams = {file.add_stream(codec, rate=10): films[codec] for codec in films}
+        for stream, (form, _) in streams.items():
             stream.height, stream.width, stream.pix_fmt = 32, 48, form
             for name, tag in tags.items():
                 setattr(stream.codec_context, name, tag)
-        for stream, form in streams.items():
-            for level in levels[form]:
+        for stream, (_, levels) in streams.items():
+            for level in levels:
                 pixels = np.full((32, 48, 3), level, np.uint8)
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             file.mux(stream.encode(None))
@@ -1975,12 +1975,12 @@ def encoded(path: Path, codec: str, levels: dict, **tags) -> None:
 
 def test_files_as_phones_and_browsers_make_them(tmp_path):
     path = tmp_path / "a.mp4"
-    encoded(path, "mjpeg libx264", {"yuvj420p": [250], "yuv420p": [100] * 3})  # a cover, a film
+    encoded(path, {"mjpeg": ("yuvj420p", [250]), "libx264": ("yuv420p", [100] * 3)})  # has a cover
     assert media.probe(path)["frames"] == 3 and abs(media.read(path).mean() - 100) < 3
     for transfer, white in ((media.PQ, 0.58), (media.HLG, 0.75)):  # a white page is bright, not dim
         page = media.tone_mapped(np.full((1, 1, 3), white), transfer)
         assert 235 < page.min() and page.max() < 245
-    encoded(path, "libx264", {"yuv420p": [189]}, color_trc=media.HLG, colorspace=9)
+    encoded(path, {"libx264": ("yuv420p", [189])}, color_trc=media.HLG, colorspace=9)
     assert media.read(path).min() > 230
     # 48 megapixels, turned, of which no process ever holds more than it needs
     exif = Image.Exif()
@@ -2038,6 +2038,71 @@ def test_a_folder_is_looked_at_once(own_files, tmp_path, monkeypatch, capsys):
     assert sorted(looked[8:]) == ["a.png", "long.mp4"] and more.stamp() != world.stamp()
 
 
+def test_captions_in_every_way_that_people_write_them(tmp_path, capsys):
+    root, e = tmp_path / "cafe\u0301", "\u00e9"  # an accent of its own, and as a part of its letter
+    (root / "sub").mkdir(parents=True)
+    said = {"bom": b"\xef\xbb\xbfa", "wide": "a".encode("utf-16"), "bare": "a".encode("utf-16-le")}
+    for name in (*said, "e\u0301", "back", "abs", "null", "typo"):
+        Image.new("L", (40, 40)).save(root / "sub" / f"{name}.png")
+        if name in said:
+            (root / "sub" / f"{name}.TXT").write_bytes(said[name])
+    (root / "sub" / f"{e}.txt").write_text("a")
+    lines = {"sub\\back.png": "a\u2028", f"{root}/sub/abs.png": "a", "tpo": "a"}
+    lines["sub/null.png"] = None
+    lines = [json.dumps({"file": x, "caption": y}, ensure_ascii=False) for x, y in lines.items()]
+    path = root / "captions.jsonl"
+    path.write_text("\n".join([*lines, lines[0]]), "utf-8")
+    (root / "sub" / "bom.png.txt").write_text("for nothing")
+    world = folder.Folder(WorldConfig(str(root)))
+    assert {*world.captions} == {f"sub/{x}.png" for x in (*said, "e\u0301", "back", "abs")}
+    assert {*world.captions.values()} == {"a"}
+    left = "2 lines of captions.jsonl, as tpo, sub/back.png; 1 .txt, as sub/bom.png.txt"
+    assert left in capsys.readouterr().err
+    for wrong in ('["a", "b"]', "5"):
+        path.write_text(f'{{"file": "sub/abs.png", "caption": {wrong}}}')
+        with pytest.raises(ValueError, match="captions.jsonl, line 1: each line is like"):
+            folder.Folder(WorldConfig(str(root)))
+    path.write_bytes("caf\u00e9".encode("cp1252"))
+    with pytest.raises(ValueError, match="captions.jsonl: neither UTF-8 nor UTF-16"):
+        folder.Folder(WorldConfig(str(root)))
+
+
+def test_a_folder_that_changes(own_files, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(own_files, tmp_path / "own", ignore=lambda *_: [folder.INDEX])
+    run = root / "out" / "mine"  # a run in it, whose samples are no data
+    (run / "samples").mkdir(parents=True)
+    (run / "config.json").touch()
+    shutil.copy(root / "g.gif", run / "gallery.gif")
+    (root / "sub" / "again").symlink_to(root)
+    config = WorldConfig(str(root))
+    assert [x["file"] for x in folder.Folder(config).files] == WHOLE
+    capsys.readouterr()
+    when = (root / "cut.mp4").stat().st_mtime_ns
+    shutil.copy(root / "long.mp4", root / "cut.mp4")  # whole now
+    os.truncate(root / "cut.mp4", (root / "long.mp4").stat().st_size)
+    os.utime(root / "cut.mp4", ns=(when, when))
+    for name in "xyz":
+        shutil.copy(root / "a.png", root / f"{name}.png")
+    (root / "a.png").unlink()
+    world = folder.Folder(config)
+    assert f"{root}: 3 new, 1 changed, 1 gone" in capsys.readouterr().err
+    assert {x["file"] for x in world.files} == {*WHOLE[1:], "cut.mp4", "x.png", "y.png", "z.png"}
+    entries, looked = (root / folder.INDEX).read_text().splitlines(), []
+
+    def probe(path):
+        looked.append(path.name)
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return media.probe(path)
+
+    monkeypatch.setattr(folder, "probe", probe)  # what was done before Ctrl-C is kept
+    old = [json.dumps(json.loads(x) | {"stamp": [1]}) for x in entries]  # of an older version
+    (root / folder.INDEX).write_text("\n".join(old))
+    with pytest.raises(KeyboardInterrupt):
+        folder.Folder(config)
+    assert len(folder.Folder(config).files) == 8 and len(looked) == 3 + len(entries) - 2
+
+
 def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -2050,6 +2115,18 @@ def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monke
     assert all(f"not used: {own_files / name}" in said for name in BROKEN)
     assert sample.command("--run own --prompt fast --steps 2 --out made.mp4".split()) == 0
     made, run = media.probe("made.mp4"), prompting.load_run("own", "cpu")
+    # A photo lies on its side and is much larger; the film is read at the run's frame rate.
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (640, 480), "red").save("turned.jpg", exif=exif)
+    for line, says, of in (
+            ("--image turned.jpg", "1 x 640 x 480, scaled to 32 x 24", (17, 32, 24)),
+            (f"--extend {own_files}/long.mp4 --frames 2",
+             "37 x 48 x 64 at 8 frames a second, scaled to 24 x 32", (39, 24, 32))):  # fmt: skip
+        capsys.readouterr()
+        line = f"--run own --prompt fast --steps 1 --out b.npy {line}"
+        assert sample.command(line.split()) == 0 and says in capsys.readouterr().out
+        assert np.load("b.npy").shape[:3] == of
     size = made["frames"], made["height"], made["width"], made["seconds"]
     assert size == (17, *run.world["shapes"][0], 17 / 8) and not run.world["briefs"]
     # The captioner wrote what people did not. One of these is edited, and the others are deleted.
@@ -2076,7 +2153,7 @@ def test_what_was_written_comes_back(tmp_path, suffix, C, fps):
     clip[:, 3:6] = clip[:, 3:4]  # still frames are frames
     clip = clip[:, :1] if suffix == ".png" else clip
     media.write_clip(path, clip, fps)
-    back = media.read_clip(path, C, 2, fps=fps)[0]
+    back = media.read_clip(path, C, fps=fps)[0]
     assert back.shape == clip.shape and os.listdir(tmp_path) == [path.name]
     error = np.abs(back.astype(int) - clip)
     assert error.max() == 0 if suffix not in (".mp4", ".webm") else error.mean() < 4
@@ -2085,16 +2162,15 @@ def test_what_was_written_comes_back(tmp_path, suffix, C, fps):
 def test_fitting(tmp_path):
     picture, path = np.arange(13 * 21, dtype=np.uint8).reshape(1, 1, 13, 21), tmp_path / "a.png"
     media.write_clip(path, picture)
-    crop, done = media.read_clip(path, 1, 8)
-    assert np.array_equal(crop, picture[:, :, 2:10, 2:18]) and "cropped to 8 x 16" in done
-    pad, done = media.read_clip(path, 1, 8, fit="pad")
-    assert np.array_equal(pad[:, :, 1:14, 1:22], picture) and "padded to 16 x 24" in done
-    big, done = media.read_clip(path, 3, 8, (32, 32))
-    assert big.shape == (3, 1, 32, 32) and "resized" in done
+    assert np.array_equal(media.read_clip(path, 1)[0], picture)
+    for fit, how in ("crop", " and cropped"), ("pad", " and padded"), ("", ""):
+        big, done = media.read_clip(path, 3, (32, 32), fit)
+        assert big.shape == (3, 1, 32, 32) and f"scaled{how} to 32 x 32" in done
+        assert big.any((0, 1, 3)).sum() == {"pad": 20}.get(fit, 32)  # rows that are not black
     for color, gray in (((255, 0, 0, 0), 0), ((9, 9, 9), 9), (65535, 255)):  # clear, gray, 16 bits
         deep = np.uint16 if color == 65535 else np.uint8
         Image.fromarray(np.full((8, 8, *np.shape(color)), color, deep)).save(path)
-        assert (media.read_clip(path, 1, 8)[0] == gray).all()
+        assert (media.read_clip(path, 1)[0] == gray).all()
 
 
 def test_a_bad_file_is_one_line(tmp_path):
@@ -2105,13 +2181,12 @@ def test_a_bad_file_is_one_line(tmp_path):
         (tmp_path / name).write_text("hello\n" * 99)
     (tmp_path / "empty.gif").touch()
     (tmp_path / "folder.gif").mkdir()
-    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     np.save(tmp_path / "float.npy", np.zeros((3, 32, 32, 1)))
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}]), allow_pickle=True)
     for path in [*tmp_path.iterdir(), tmp_path / "missing.gif"]:
         with pytest.raises((ValueError, FileNotFoundError)) as stopped:
-            media.read_clip(path, 1, 8)
+            media.read_clip(path, 1)
         assert str(stopped.value).startswith(str(path)) and "\n" not in str(stopped.value)
 
 
@@ -2123,7 +2198,7 @@ def test_an_interrupted_writer_leaves_a_playable_file_and_an_error_none(tmp_path
             file.write(RAMP[:, :frames])
             raise error
         assert os.listdir(tmp_path) == left
-    assert media.read_clip(path, 1, 2)[0].shape == (1, frames, 8, 10)
+    assert media.read_clip(path, 1)[0].shape == (1, frames, 8, 10)
 
 
 # ================================================================= measuring: measure/, evaluate.py

@@ -45,7 +45,7 @@ import prompting
 from data import Clip, World, WorldConfig, open_world, sheet, world_class
 from dit import DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
-from sample import Parser
+from sample import Parser, frame_rate
 from training import batches, checkpoints, cost, items, recaption, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
@@ -68,7 +68,7 @@ class Config:
     # where clips come from (data.py, worlds/)
     world: str = "digits"  # or another file of worlds/, or a folder of videos and images
     data: str = ""  # the same: a folder of videos and images
-    fps: int = 10  # frames a second, in training and of what is sampled
+    fps: float = 10  # frames a second, in training and of what is sampled
     durations: tuple[int, ...] = (9, 17)  # frames of videos; of a folder, the longest counts
     pixels: int = 1024  # of a folder's frames, about: larger ones are scaled down
     shapes: tuple[str, ...] = ("32x32", "24x40", "40x24", "32x48", "48x32")  # of digits
@@ -162,6 +162,8 @@ def parse(argv: list[str] | None = None) -> Config:
     for field in fields(Config):
         value, how = field.default, {"default": None}  # None: as the preset says
         how["type"] = many(type(value[0])) if isinstance(value, tuple) else type(value)
+        if field.name == "fps":  # 29.97, or 10
+            how["type"] = frame_rate
         if isinstance(value, bool):
             how = {"action": BooleanOptionalAction, "default": None}
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -189,7 +191,7 @@ def check(c: Config) -> None:
                           "accumulate gpus fps pixels digit channels time_factor".split(), 1)
     least |= {"keep": 0, "items": 0, "workers": 0, "seed": 0, "rows": many, "vae_batch": many}
     for name, low in least.items():
-        if getattr(c, name) < low:
+        if not getattr(c, name) >= low:
             why = f": one for each of {many} parts" if low > 1 else ""
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least {low}{why}")
     for name in ("images", "image_phase", "given", "later", "ema"):

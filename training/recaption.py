@@ -127,7 +127,7 @@ def encoded(vae: VAE, part: Part) -> tuple[list[tuple[list, list, list]], int]:
 
 def read_lines(path: Path) -> dict[str, str]:
     """{name: caption} of a run's captions.jsonl; nothing where there is no such file."""
-    captions = dict(parse_lines(path, path.read_text("utf-8-sig")) if path.exists() else [])
+    captions = dict(parse_lines(path))
     if None in captions.values():
         raise ValueError(f"{path}: a caption is null: without its line, it is written again")
     return captions

@@ -28,7 +28,9 @@ Run `python -m worlds.folder FOLDER` to look at your files first: sizes, caption
 import json
 import os
 import sys
+import unicodedata
 import zlib
+from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -39,23 +41,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Clip, Digits, World, WorldConfig, hashed_uniform, sheet
-from worlds.media import VIDEO, probe, read, write_clip
+from worlds.media import PICTURES, VIDEO, fitted, probe, read, write_clip
 
-KINDS = (*VIDEO, ".gif", ".png", ".jpg", ".jpeg", ".webp")
+KINDS = VIDEO + PICTURES
+DEMO = "folder_demo.png"  # what `main` draws
 INDEX = ".clips-index.jsonl"  # in the folder, so that every run uses it
-VERSION = 2  # of `probe`: what an older one found is looked at again
+VERSION = 3  # of `probe`: what an older one found is looked at again
 
 # ------------------------------------------------------------------------------ files and captions
 
 
 def find_files(root: Path) -> list[str]:
-    """Names of all files below a folder, sorted. Links to folders count, hidden files don't."""
+    """Names of all files below a folder, sorted. Links to folders count; hidden files don't, nor
+    do runs of train.py: else a model would learn from its own samples."""
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         known = os.path.realpath(folder) in seen  # a link leads back
         seen.add(os.path.realpath(folder))
+        known |= "config.json" in names and "samples" in below
         below[:] = [x for x in below if x[0] != "." and not known]
-        names = [x for x in names if x[0] != "." and not known]
+        names = [x for x in names if x[0] != "." and not known and x != DEMO]
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
     return sorted(found)
 
@@ -69,19 +74,25 @@ def look_at(path: Path) -> dict:
 
 
 def make_index(root: Path, names: list[str]) -> dict[str, dict]:
-    """{name: what `look_at` says}. Only files that are new or have changed are looked at."""
+    """{name: what `look_at` says}. Only files that are new or have changed are looked at; broken
+    ones also where their permissions have."""
     known, index, k = {}, {}, 0
     try:
         lines = (root / INDEX).read_text("utf-8").splitlines()
-        known = {entry["file"]: entry for entry in map(json.loads, lines)}
+        known = {x["file"]: x for x in map(json.loads, lines) if x["stamp"][0] == VERSION}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours
     for name in names:
         stat = (root / name).stat() if (root / name).exists() else None  # None: a link to nowhere
         stamp = [VERSION, stat.st_mtime_ns, stat.st_size] if stat else [VERSION]
-        same = known.get(name, {}).get("stamp") == stamp
-        index[name] = known[name] if same else {"file": name, "stamp": stamp}
-    new = [name for name in names if len(index[name]) == 2]
+        entry = {"file": name, "stamp": stamp, "ctime": stat.st_ctime_ns if stat else 0}
+        was = known.get(name, {"stamp": []})
+        mended = "broken" in was and was["ctime"] != entry["ctime"]
+        index[name] = entry if mended or was["stamp"] != stamp else was
+    new = [name for name in names if len(index[name]) == 3]
+    gone, first = len(known.keys() - index.keys()), sum(name not in known for name in new)
+    if known and (new or gone):
+        warn(f"{root}: {first} new, {len(new) - first} changed, {gone} gone")
     workers = min(8, os.cpu_count() or 1) if len(new) > 16 else 0
     paths = [root / name for name in new]
     loader = DataLoader(paths, batch_size=None, collate_fn=look_at, num_workers=workers)
@@ -93,48 +104,61 @@ def make_index(root: Path, names: list[str]) -> dict[str, dict]:
     except RuntimeError:  # a worker died
         near = ", ".join(new[k : k + 2 * workers])
         raise ValueError(f"{root}: a decoder crashes: take one of these away: {near}") from None
-    if new or len(known) != len(index):
-        try:
-            part = root / f"{INDEX}.{os.getpid()}"
-            part.write_text("".join(json.dumps(x) + "\n" for x in index.values()), "utf-8")
-            os.replace(part, root / INDEX)
-        except OSError:
-            pass  # a folder that can only be read: it is looked at again each time
+    finally:  # also when interrupted
+        if new or gone:
+            write_index(root / INDEX, [x for x in index.values() if len(x) > 3])
     return index
 
 
-def parse_lines(path: Path, text: str) -> list[tuple[str, str | None]]:
-    """(file, caption) of each line of a captions.jsonl, whose text this is; None where it is null.
-    ValueError names a line that is none."""
+def write_index(path: Path, entries: list[dict]) -> None:
+    try:
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text("".join(json.dumps(x) + "\n" for x in entries), "utf-8")
+        os.replace(part, path)
+    except OSError:
+        pass  # a folder that can only be read: it is looked at again each time
+
+
+def parse_lines(path: Path) -> list[tuple[str, str | None]]:
+    """(file, caption) of each line of a captions.jsonl; None where it is null. ValueError names a
+    line that is none."""
     found = []
-    for number, line in [(n, x) for n, x in enumerate(text.split("\n"), 1) if x.strip()]:
+    for number, line in enumerate(read_text(path).split("\n") if path.exists() else [], 1):
         try:
-            entry = json.loads(line)
-            file, said = entry["file"] + "", entry["caption"]  # a number is no name
-            found.append((file, said if said is None else " ".join(said.split())))
+            if line.strip():
+                entry = json.loads(line)
+                file, said = entry["file"] + "", entry["caption"]  # a number is no name
+                found.append((file, said if said is None else " ".join(said.split())))
         except (ValueError, KeyError, TypeError, AttributeError):
             form = '{"file": "a.mp4", "caption": "a dog"}'
             raise ValueError(f"{path}, line {number}: each line is like {form}") from None
     return found
 
 
+def same_name(name: str) -> str:
+    """An accented letter is one character or two, as the system pleases that wrote the name."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, str]:
     """{name: caption} of files that have one: from beside them, or else from captions.jsonl. Names
     the `others` that are of no use."""
-    path, captions, unused, known = root / "captions.jsonl", {}, {}, set(names)
-    for file, caption in parse_lines(path, read_text(path)) if path.exists() else []:
+    path, captions, unused = root / "captions.jsonl", {}, {}
+    known = {same_name(x): x for x in names}
+    for file, caption in parse_lines(path):
         if not caption:
             continue
-        name = Path(os.path.relpath(root / file.replace("\\", "/"), root)).as_posix()
-        if name in known and name not in captions:
+        file = Path(os.path.relpath(root / file.replace("\\", "/"), root)).as_posix()
+        name = known.get(same_name(file), file)
+        if same_name(file) in known and name not in captions:
             captions[name] = caption
         else:
             unused.setdefault("lines of captions.jsonl", []).append(name)
     if unused and not captions:
         raise ValueError(f"{path} names none of the {len(names)} files that are there")
-    beside = {os.path.splitext(x)[0]: x for x in others if x.lower().endswith(".txt")}
-    beside = {x: beside[os.path.splitext(x)[0]] for x in names if os.path.splitext(x)[0] in beside}
-    captions |= {name: " ".join(read_text(root / x).split()) for name, x in beside.items()}
+    texts = {same_name(x[:-4]): x for x in others if x.lower().endswith(".txt")}
+    beside = {name: texts.get(same_name(os.path.splitext(name)[0])) for name in names}
+    captions |= {name: " ".join(read_text(root / x).split()) for name, x in beside.items() if x}
     for name in sorted(set(others) - set(beside.values()) - {path.name}):
         unused.setdefault(Path(name).suffix.lower() or "files without a suffix", []).append(name)
     if unused:
@@ -146,11 +170,13 @@ def read_captions(root: Path, names: list[str], others: list[str]) -> dict[str, 
 def read_text(path: Path) -> str:
     """UTF-8; as Windows writes it, too: with a mark in front, or UTF-16."""
     raw = path.read_bytes()
-    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-    text = raw.decode("utf-16" if wide else "utf-8-sig", "replace")
-    if "\ufffd" in text:
-        warn(f"{path}: not in UTF-8, some letters are lost")
-    return text
+    code = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(raw[:2], "utf-8-sig")
+    if b"\0" in raw[:2]:  # without a mark
+        code = "utf-16-be" if raw[0] == 0 else "utf-16-le"
+    try:
+        return raw.decode(code)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: neither UTF-8 nor UTF-16: save it as UTF-8") from None
 
 
 def warn(line: str) -> None:
@@ -159,21 +185,6 @@ def warn(line: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------- windows
-
-
-def fitted(H: int, W: int, pixels: int, multiple: int) -> tuple[int, int]:
-    """The size at which a file is shown: sides that `multiple` divides, about `pixels` in all. Of
-    the four such sizes around the exact one, the one with the nearest shape."""
-    scale = min(1.0, (pixels / (H * W)) ** 0.5)
-    if min(H, W) * scale < multiple / 2:
-        raise ValueError(f"{H} x {W} is too thin: a side would be less than half of {multiple}")
-    sides = []
-    for side in (H, W):
-        low = max(1, int(side * scale / multiple)) * multiple
-        sides.append((low, low + multiple * (low < side * scale and low + multiple <= side)))
-    stretch = {(h, w): abs(np.log(h * W / (w * H))) for h in sides[0] for w in sides[1]}
-    area = {(h, w): abs(np.log(h * w / (H * W * scale**2))) for h, w in stretch}
-    return min(stretch, key=lambda size: (round(stretch[size], 6), area[size]))
 
 
 class Folder(World):
@@ -300,23 +311,39 @@ def demo_files(root: Path) -> None:
     (root / "cut.mp4").write_bytes((root / "a.mp4").read_bytes()[:1500])
 
 
-def main(root: str | None = None) -> None:
+def cuts(clip: np.ndarray) -> np.ndarray:
+    """Which frames of [C, T, H, W] begin another scene: bool [T]."""
+    steps = np.abs(np.diff(clip.astype(float), axis=1)).mean((0, 2, 3))  # [T - 1]
+    return np.append(False, steps > max(25, 4 * np.median(steps) if len(steps) else 0))
+
+
+def main() -> None:
+    parser = ArgumentParser("folder.py", description="Look at a folder's clips before training.")
+    parser.add_argument("folder", nargs="?", help="of videos and images (default: a made one)")
+    parser.add_argument("--pixels", type=int, default=WorldConfig.pixels, help="as in training")
+    parser.add_argument("--fps", type=float, default=WorldConfig.fps, help="as in training")
+    args = parser.parse_args()
     with TemporaryDirectory() as made:
-        if root is None:
+        if not args.folder:
             demo_files(Path(made))
-        world = Folder(WorldConfig(root or made))
+        world = Folder(WorldConfig(args.folder or made, fps=args.fps, pixels=args.pixels))
         print(world.summary())
         for (T, H, W), count in Counter(map(tuple, world.windows.tolist())).most_common(10):
             print(f"  {count:6d} windows of {T} x {H} x {W}")
         clips = [clip for clip in world.clips(np.arange(min(len(world), 12))) if clip]
-        titles = [f"{clip.name}: {clip.caption or '(no caption)'}"[:100] for clip in clips]
-        sheet([clip.pixels for clip in clips], titles).save("folder_demo.png")
-        print("wrote folder_demo.png")
+        cut, titles = [cuts(clip.pixels) for clip in clips], []
+        for clip, where in zip(clips, cut, strict=True):
+            size = " x ".join(map(str, clip.pixels.shape[1:]))
+            size += f", cut at frame {where.argmax()}" * bool(where.any())
+            titles.append(f"{clip.name} ({size}): {clip.caption or '(no caption)'}"[:120])
+        after = [where.cumsum() % 2 > 0 for where in cut]  # marked: from a cut to the next one
+        sheet([clip.pixels for clip in clips], titles, marks=after).save(DEMO)
+        print(f"wrote {DEMO}")
         world.close()
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:2])
+        main()
     except (ValueError, OSError) as error:
         sys.exit(print(f"folder.py: {error}", file=sys.stderr) or 2)

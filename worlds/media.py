@@ -22,6 +22,7 @@ Alphabet: T frames of H x W pixels with C = 1 (gray) or 3 colors; a clip is uint
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
@@ -119,6 +120,21 @@ def moving(container):
 def check_size(H: int, W: int) -> None:
     if H * W > MOST_PIXELS:
         raise ValueError(f"{H} x {W} pixels are too many: at most {MOST_PIXELS} are read")
+
+
+def fitted(H: int, W: int, pixels: int, multiple: int) -> tuple[int, int]:
+    """The size at which a file is shown: sides that `multiple` divides, about `pixels` in all. Of
+    the four such sizes around the exact one, the one with the nearest shape."""
+    scale = min(1.0, (pixels / (H * W)) ** 0.5)
+    if min(H, W) * scale < multiple / 2:
+        raise ValueError(f"{H} x {W} is too thin: a side would be less than half of {multiple}")
+    sides = []
+    for side in (H, W):
+        low = max(1, int(side * scale / multiple)) * multiple
+        sides.append((low, low + multiple * (low < side * scale and low + multiple <= side)))
+    stretch = {(h, w): abs(np.log(h * W / (w * H))) for h in sides[0] for w in sides[1]}
+    area = {(h, w): abs(np.log(h * w / (H * W * scale**2))) for h, w in stretch}
+    return min(stretch, key=lambda size: (round(stretch[size], 6), area[size]))
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -245,30 +261,27 @@ def tone_mapped(x: np.ndarray, transfer: int) -> np.ndarray:
     return (255 * light ** (1 / 2.2)).round().astype(np.uint8)
 
 
-def read_clip(path: str | Path, colors: int, multiple: int, size: tuple[int, int] | None = None,
-              fit: str = "crop", fps: int = 10) -> tuple[np.ndarray, str]:  # fmt: skip
-    """A person's file as uint8 [C, T, H, W] with sides that `multiple` divides, and a line on what
-    was done. size: (H, W) to resize to; without one, no pixel changes, but a border is cut off
-    ("crop") or added ("pad"). fps: frames a second; 0: the first frame alone."""
-    found = probe(path)
-    H, W = scaled = found["height"], found["width"]
-    if fit == "crop" and min(H, W) < multiple:
-        raise ValueError(f"{path}: {H} x {W} pixels are too few: at least {multiple} x {multiple}, "
-                         "or --fit pad, which adds a border")  # fmt: skip
-    more = multiple - 1 if fit == "pad" else 0
-    goal = size or tuple((side + more) // multiple * multiple for side in scaled)
+def read_clip(path: str | Path, colors: int, size: tuple[int, int] | None = None, fit: str = "",
+              fps: float = 10, found: dict | None = None) -> tuple[np.ndarray, str]:  # fmt: skip
+    """A person's file as uint8 [C, T, H, W], and a line on what was done. size: (H, W) to scale to
+    (None: as it is): stretched, or with its own shape, and then what is too much is cut off
+    ("crop"), what lacks is black ("pad"). fps: frames a second; 0: the first frame alone."""
+    found = found or probe(path)
+    H, W = scaled = goal = found["height"], found["width"]
     if size:
-        ratio = (max if fit == "crop" else min)(size[0] / H, size[1] / W)
-        scaled = max(1, round(H * ratio)), max(1, round(W * ratio))
+        goal, ratios = size, (size[0] / H, size[1] / W)
+        ratio = {"crop": max, "pad": min}[fit](ratios) if fit else 0
+        scaled = (max(1, round(H * ratio)), max(1, round(W * ratio))) if fit else size
     rate = 10 if fps and Path(path).suffix.lower() == ".npy" else fps  # an array has no clock
     T = max(1, round(found["seconds"] * rate))
     top, left = (int((side - to) / 2) for side, to in zip(scaled, goal, strict=True))
     box, times = (left, top, left + goal[1], top + goal[0]), np.arange(T) / max(1, rate)
     clip = read(path, times, scaled, colors, found, box)
-    done = [f"{T} x {H} x {W}" + f" at {fps} frames a second" * (fps > 0 and T != found["frames"])]
+    again = f" at {fps:g} frames a second" * (fps > 0 and T != found["frames"])
+    done = [f"{T} x {H} x {W}{again}"]
     if tuple(goal) != (H, W):
-        how = {"crop": "cropped", "pad": "padded"}[fit]
-        done.append(f"{'resized and ' if size else ''}{how} to {goal[0]} x {goal[1]}")
+        done.append(f"scaled{' and cropped' * (fit == 'crop')}{' and padded' * (fit == 'pad')}"
+                    f" to {goal[0]} x {goal[1]}")  # fmt: skip
     if colors == 1 and np.ptp(read(path, times[:1], scaled, 3, found), axis=0).max() > 16:
         done.append("made gray")  # less is a video's rounding
     return clip, f"{path}: {', '.join(done)}"
@@ -284,7 +297,7 @@ class Writer:
     and .webm stream to disk, and play even after a power cut.
     """
 
-    def __init__(self, path: str | Path, fps: int = 10, scale: int = 1):
+    def __init__(self, path: str | Path, fps: float = 10, scale: int = 1):
         self.path, self.fps, self.scale = Path(path), fps, scale
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: write to a name that ends in one of {' '.join(SUFFIXES)}")
@@ -320,8 +333,9 @@ class Writer:
     def open(self, H: int, W: int):
         codec, quality, how = CODECS[self.path.suffix]
         container = av.open(str(self.path), "w", options=how | {"flush_packets": "1"})
-        quality = quality | {"g": str(self.fps)}  # a key frame, and with it a fragment, each second
-        stream = self.stream = container.add_stream(codec, rate=self.fps, options=quality)
+        quality = quality | {"g": str(round(self.fps))}  # a key frame, and so a fragment, a second
+        rate = Fraction(self.fps).limit_denominator(1001)  # 29.97 is 2,997 / 100
+        stream = self.stream = container.add_stream(codec, rate=rate, options=quality)
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         tags = stream.codec_context
         tags.colorspace = tags.color_primaries = tags.color_trc = tags.color_range = BT709
@@ -350,7 +364,7 @@ def renamed(path: str | Path):
         part.unlink(missing_ok=True)
 
 
-def write_gif(path: str | Path, pages: list[Image.Image], fps: int = 10) -> None:
+def write_gif(path: str | Path, pages: list[Image.Image], fps: float = 10) -> None:
     """Also .webp, and a single .png. Delays are whole hundredths (.webp: thousandths) of a second
     that add up to the right time, and long enough that browsers keep to them."""
     unit, least = (10, 20) if Path(path).suffix == ".gif" else (1, 11)
@@ -360,6 +374,6 @@ def write_gif(path: str | Path, pages: list[Image.Image], fps: int = 10) -> None
         pages[0].save(part, save_all=True, append_images=pages[1:], **how)
 
 
-def write_clip(path: str | Path, clip: np.ndarray, fps: int = 10, scale: int = 1) -> None:
+def write_clip(path: str | Path, clip: np.ndarray, fps: float = 10, scale: int = 1) -> None:
     with Writer(path, fps, scale) as file:
         file.write(clip)
