@@ -59,6 +59,7 @@ from measure import bench, framing, prompts, reader, tasks
 from measure import language as facts_said
 from measure import worlds as measure_worlds
 from training import batches, checkpoints, cost, items, loop, muon, processes, recaption, words
+from training import cache as decoded
 from training import plot as plotting
 from vae import VAE, VAEConfig, from_blocks, to_blocks, to_float, to_uint8
 from worlds import folder, game, media, room, wall
@@ -2101,6 +2102,25 @@ def test_a_folder_that_changes(own_files, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         folder.Folder(config)
     assert len(folder.Folder(config).files) == 8 and len(looked) == 3 + len(entries) - 2
+
+
+def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
+    world, looked = folder.Folder(WorldConfig(str(own_files))), []
+    i, real = np.arange(len(world)), folder.read
+    asked = [(i,), (i, True), (i[[2, 0, 2]],), (i, False, 1), (i[:1], False, 0, 1)]
+    asked += [(i[2:3], False, 0, 20)]
+    right = [world.clips(*how) for how in asked]
+    monkeypatch.setattr(folder, "read", lambda *x: looked.append(x) or real(*x))
+    monkeypatch.setattr(decoded, "STOP", [2])
+    with pytest.raises(SystemExit, match="the same command continues"):
+        decoded.decode_once(world, tmp_path / "cache", 0)
+    monkeypatch.setattr(decoded, "STOP", [])
+    for _ in range(2):  # again, all is there
+        world = folder.Folder(WorldConfig(str(own_files)))
+        decoded.decode_once(world, tmp_path / "cache", 0)
+        assert len(looked) == len(i)
+    assert all(same(x, world.clips(*how)) for x, how in zip(right, asked, strict=True))
+    assert len(looked) == 2 * len(i) + 1  # from later on, and longer: decoded anew
 
 
 def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monkeypatch, capsys):

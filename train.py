@@ -46,7 +46,7 @@ from data import Clip, World, WorldConfig, open_world, sheet, world_class
 from dit import DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
 from sample import Parser, frame_rate
-from training import batches, checkpoints, cost, items, recaption, words
+from training import batches, cache, checkpoints, cost, items, recaption, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
 from training.processes import barrier, keep_memory, rank, ranks, seeded
@@ -462,6 +462,8 @@ def main(c: Config) -> None:
         checkpoints.write(c.folder / "config.json", json.dumps(asdict(c), indent=2).encode())
     facts = {"world": world.about(), "config": asdict(c)}
     try:
+        if world.slow:
+            cache.decode_once(world, c.folder / "cache", c.workers)
         stages(c, world, facts, device)
     finally:
         world.close()
