@@ -1453,7 +1453,7 @@ def acting_run(tmp_path_factory) -> Path:
 
 def test_train_then_sample_as_a_user_does(user_run):
     files = "config.json log.jsonl loss.png captions.jsonl items vae.pt text.pt dit.pt samples " \
-            "gallery.gif dit.best-3.pt dit.best-6.pt"  # fmt: skip
+            "gallery.gif dit.best-3.pt dit.best-6.pt .lock"  # fmt: skip
     assert {x.name for x in user_run.iterdir()} == set(files.split())
     assert os.listdir(user_run / "samples") == ["000006.gif"]
     line = [sys.executable, CODE / "sample.py", "--prompt", "a 7 moving left", "--steps", "2"]
@@ -2123,12 +2123,53 @@ def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
     assert len(looked) == 2 * len(i) + 1  # from later on, and longer: decoded anew
 
 
+def test_a_data_set_grows_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    Path("own").mkdir()
+    for k in range(3):
+        Image.new("L", (32, 32), 80 * k).save(f"own/{k}.png")
+        Path(f"own/{k}.txt").write_text("gray " * 200 * (k + 1))
+    flags = [*SMALL, "--data", "own", "--fps", "29.97", "--keep", "0", "--images", "1"]
+    train.main(train.parse(flags))
+    vae, words = Path("out/own/vae.pt").read_bytes(), torch.load("out/own/dit.pt")["words"]
+    assert "3 captions are too long, as that of 0.png: at most 256" in capsys.readouterr().out
+    Image.new("L", (64, 24)).save("own/wide.png")  # of another shape, with other words
+    Path("own/0.png").unlink()
+    for k in (1, 2):
+        Path(f"own/{k}.txt").write_text("dim and bright")
+    train.main(train.parse([*flags, "--steps", "8"]))
+    said, made = capsys.readouterr(), items.Items(Path("out/own/items"), 3, 4)
+    assert "own: 1 new, 0 changed, 1 gone" in said.err and len(made) == 3
+    assert "2 of 3 files have captions: 20 with" in said.out and "too long" not in said.out
+    dit = torch.load("out/own/dit.pt")
+    assert dit["step"] == 8 and dit["words"] == words and dit["world"]["fps"] == 29.97
+    assert Path("out/own/vae.pt").read_bytes() == vae
+    with processes.alone_in(Path("out/own")):
+        other = [sys.executable, CODE / "train.py", *flags]
+        done = subprocess.run(other, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "train.py: another training writes to out/own: name another --out\n")  # fmt: skip
+    monkeypatch.setattr(folder, "find_files", lambda root: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="stopped; the same command continues"):
+        train.command(train.parse(flags))
+
+
+@pytest.mark.parametrize("n, have, briefs, pays", [
+    (40, 20, 0, 1), (40, 19, 0, 0), (40, 21, 0, 0), (900, 89, 0, 0), (900, 90, 0, 1), (9, 9, 1, 1)])
+def test_a_captioner_learns_where_it_pays(n, have, briefs, pays):
+    told = [Clip(str(k), "a" * (k < have)) for k in range(n) for _ in range(2)]  # two windows each
+    world = type("", (), {"briefs": briefs, "told": lambda *_: told, "__len__": lambda _: 2 * n})()
+    assert recaption.pays(world) == pays
+
+
 def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     taught, real = [], words.captions_of
     monkeypatch.setattr(words, "captions_of", lambda *x: taught.extend(real(*x)) or real(*x))
     flags = [*SMALL, "--data", str(own_files), "--out", "own", "--fps", "8", "--workers", "1"]
+    flags += ["--captions", "recaptioned"]  # of so few
     train.command(train.parse(flags))
     said, path = capsys.readouterr().err, Path("own/captions.jsonl")
     lacking = {"a.png", "g.gif", "phone.mp4"}

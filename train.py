@@ -43,13 +43,13 @@ import diffusion
 import patches
 import prompting
 from data import Clip, World, WorldConfig, open_world, sheet, world_class
-from dit import DiT, DiTConfig
+from dit import MOST_WORDS, DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
 from sample import Parser, frame_rate
 from training import batches, cache, checkpoints, cost, items, recaption, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
-from training.processes import barrier, keep_memory, rank, ranks, seeded
+from training.processes import alone_in, barrier, keep_memory, rank, ranks, seeded
 from vae import VAE, VAEConfig, to_float
 from worlds.media import write_gif
 
@@ -84,10 +84,10 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     # captions, and the language model that writes them (training/recaption.py, language.py)
-    captions: str = "recaptioned"  # or written: learn from what came with the clips
+    captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
-    text_steps: int = 1000
+    text_steps: int = 1000  # at most: 100 times through the clips that have captions
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -180,7 +180,7 @@ def parse(argv: list[str] | None = None) -> Config:
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
     one_of = {"stage": ("all", "vae", "items", "text", "dit", "export"),
-              "captions": ("recaptioned", "written"), "prediction": diffusion.PREDICTIONS,
+              "captions": ("auto", "recaptioned", "written"), "prediction": diffusion.PREDICTIONS,
               "compile": ("auto", "yes", "no"), "gpu": tuple(cost.GPUS),
               "crop": ("none", "square")}  # fmt: skip
     for name, choices in one_of.items():
@@ -307,10 +307,11 @@ def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.dev
     torch.manual_seed(c.seed + 2)  # initial weights
     model = make_text(c, tokenizer.size)
     checkpoints.begin_with(model, start)
+    most = min(c.text_steps, 100 * len(recaption.labelled(world)[0]) // c.text_batch + 1)
 
     def steps(first: int) -> Iterator[list]:
         make = partial(recaption.read_lessons, world, tokenizer, c)
-        order = range(first, c.text_steps)
+        order = range(first, most)
         for parts in items.made_ahead(make, order, c.workers * world.slow):
             with prompting.bf16(device):
                 lessons = [recaption.encoded(vae, part) for part in parts]
@@ -322,7 +323,7 @@ def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.dev
         return model(lessons)[0] / tokens, {"tokens": tokens}
 
     facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
-    fit(Stage("text", model, c.text_steps, c.text_lr, steps, loss, facts), c, c.folder, device)
+    fit(Stage("text", model, most, c.text_lr, steps, loss, facts), c, c.folder, device)
 
 
 def dit_loss(model: nn.Module, part: batches.Part, c: Config, step: int) -> tuple[Tensor, dict]:
@@ -457,16 +458,22 @@ def main(c: Config) -> None:
         return print("wrote", ", ".join(map(str, checkpoints.export(c.folder))))
     device = start_processes()
     world = make_world(c)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: STOP.append(number))
+    if c.captions == "auto":
+        some = c.stage == "text" or recaption.pays(world)
+        c = replace(c, captions="recaptioned" if some else "written")
     (c.folder / "samples").mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        checkpoints.write(c.folder / "config.json", json.dumps(asdict(c), indent=2).encode())
-    facts = {"world": world.about(), "config": asdict(c)}
-    try:
-        if world.slow:
-            cache.decode_once(world, c.folder / "cache", c.workers)
-        stages(c, world, facts, device)
-    finally:
-        world.close()
+    with alone_in(c.folder):
+        if rank() == 0:
+            checkpoints.write(c.folder / "config.json", json.dumps(asdict(c), indent=2).encode())
+        facts = {"world": world.about(), "config": asdict(c)}
+        try:
+            if world.slow:
+                cache.decode_once(world, c.folder / "cache", c.workers)
+            stages(c, world, facts, device)
+        finally:
+            world.close()
     if rank() == 0:
         draw_loss(c.folder)
     if dist.is_initialized():
@@ -505,8 +512,14 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
     """What the transformer learns from: items, and the caption of each as tokens."""
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    return batches.Source(made, texts, world.held_back(made["number"]), c, world.past,
-                          world.noise)  # fmt: skip
+    source = batches.Source(made, [x[:MOST_WORDS] for x in texts], world.held_back(made["number"]),
+                            c, world.past, world.noise)  # fmt: skip
+    most = np.minimum(c.tokens - source.count, MOST_WORDS).tolist()  # batches.py cuts what is left
+    long = {x.name for x, y, n in zip(said, texts, most, strict=True) if len(y) > n}
+    if long and rank() == 0:
+        print(f"{len(long)} captions are too long, as that of {min(long)}: at most {MOST_WORDS} "
+              f"tokens, and --tokens {c.tokens} with the clip; their ends are left out")
+    return source
 
 
 def dry_run(c: Config, steps: int = 4) -> str:
@@ -526,7 +539,7 @@ def dry_run(c: Config, steps: int = 4) -> str:
 
 
 def start_processes() -> torch.device:
-    """This process's device; with torchrun, it joins the others. Signals ask to stop."""
+    """This process's device; with torchrun, it joins the others."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
     keep_memory()
@@ -534,8 +547,6 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started several of us
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: STOP.append(number))
     return device
 
 
@@ -544,6 +555,8 @@ def command(c: Config) -> None:
         main(c)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:  # while files were looked at
+        sys.exit("train.py: stopped; the same command continues")
 
 
 if __name__ == "__main__":

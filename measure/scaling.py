@@ -59,7 +59,7 @@ def first_run(out: Path, args: argparse.Namespace) -> train.Config:
     if not args.run:
         c = train.parse([*args.train, "--steps", str(args.steps or 2000), "--out", f"{out}/shared"])
         check(c.kind)
-        for stage in ("vae", "text" if c.captions == "recaptioned" else "items"):
+        for stage in ("vae", "text" if c.captions != "written" else "items"):
             train.main(replace(c, stage=stage))
         return c
     if args.steps or args.train:

@@ -109,7 +109,8 @@ def refuse_another(path: Path, stage: str, saved: dict, facts: dict) -> None:
         raise ValueError(f"{path} cannot be trained on: {elsewhere}, and --init-from {path}")
     changed = {k: x for k, x in saved["config"].items() if x not in ("", config.get(k, x))}
     for kind in ("model", "world"):
-        was, now = ({**x.get("config", {}), **x} for x in (saved[kind], facts[kind]))
+        # A world's sizes follow from its configuration, or from files, which come and go.
+        was, now = (x | x.get("config", {}) | {"config": 0} for x in (saved[kind], facts[kind]))
         for name in (name for name in now if was.get(name) != now[name]):
             flags = [flag for flag in (f"{stage}_{name}", name) if flag in changed][:1] or changed
             typed = (f"--{x.replace('_', '-')} {str(changed[x]).strip('(,)')}" for x in flags)
@@ -134,11 +135,14 @@ def read_log(out: Path) -> list[dict]:
 
 def starting_from(c, out: Path, name: str) -> dict:
     """The weights that --init-from has for a network, and what else is in their file; {} where it
-    has none. A run that goes on reads its own file: its embeddings are of the words in there."""
+    has none. Of a run that goes on, the words: its embeddings are of these, whatever captions have
+    become since."""
+    for path in (out / f"{name}.pt", out / f"{name}.before.pt"):
+        if path.exists():  # `resume` reads the rest
+            return {"words": read_weights(path, "cpu").get("words")}
     if not c.init_from:
         return {}
-    saved = [path for path in (out / f"{name}.pt", out / f"{name}.before.pt") if path.exists()]
-    path = saved[0] if saved else Path(c.init_from)
+    path = Path(c.init_from)
     if path.is_dir():
         if not any(find_weights(path, other).exists() for other in STAGES):
             raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")

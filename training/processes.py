@@ -5,6 +5,8 @@ are. A tensor that FSDP2 has spread out is a DTensor, of which each process hold
 """
 
 import ctypes
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +33,22 @@ def keep_memory() -> None:
         return  # another system
     for option, value in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):  # mmap and trim thresholds, pad
         mallopt(option, value)
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """The only training in a run's folder. ValueError: there is another one."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            if rank() == 0:
+                import fcntl
+
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another training writes to {folder}: name another --out") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        yield
 
 
 def barrier() -> None:

@@ -37,6 +37,20 @@ def labelled(world: World) -> tuple[np.ndarray, dict[bool, Kinds]]:
     return i, {image: kinds(world.sizes(i, image)) for image in (False, True)}
 
 
+def pays(world: World) -> bool:
+    """Whether a captioner learns from enough clips, for enough others: at least 20 files with a
+    caption and 20 without, and a tenth of all; or, where clips have briefs, to expand prompts."""
+    if world.briefs:
+        return True
+    said = {clip.name: bool(clip.caption) for clip in world.told(np.arange(len(world)))}
+    have, enough = sum(said.values()), max(20, len(said) // 10)
+    pays = min(have, len(said) - have) >= enough
+    if 0 < have < len(said) and not pays and rank() == 0:
+        print(f"{have} of {len(said)} files have captions: {enough} with and {enough} without are "
+              "worth a captioner; --captions recaptioned trains one all the same")  # fmt: skip
+    return pays
+
+
 @cache
 def make_tokenizer(world: World, size: int = 4096) -> Tokenizer:
     """From what came with a few thousand clips, and the sizes that the expander reads."""
