@@ -24,8 +24,10 @@ In reading order: the configuration; the loss of each stage; what is shown; the 
 loop is training/loop.py; a step's batch, training/batches.py.
 """
 
+import inspect
 import json
 import os
+import re
 import signal
 import sys
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -156,8 +158,12 @@ def parse(argv: list[str] | None = None) -> Config:
     """The preset's values, and the flags that say otherwise."""
 
     def many(kind):
-        return lambda text: tuple(kind(part) for part in text.split(","))
+        def values(text: str) -> tuple:
+            return tuple(kind(part) for part in text.split(","))
 
+        return values
+
+    about = dict(re.findall(r"^    (\w+): .+?  # (.+)", inspect.getsource(Config), re.MULTILINE))
     parser = Parser("train.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
     for field in fields(Config):
         value, how = field.default, {"default": None}  # None: as the preset says
@@ -167,7 +173,8 @@ def parse(argv: list[str] | None = None) -> Config:
         if isinstance(value, bool):
             how = {"action": BooleanOptionalAction, "default": None}
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        parser.add_argument("--" + field.name.replace("_", "-"), help=f"tiny: {text}", **how)
+        text = "; ".join(filter(None, (f"tiny: {text}", about.get(field.name))))
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
     said = vars(parser.parse_args(argv))
     said = {name: value for name, value in said.items() if value is not None}
     preset = said.get("preset", "tiny")
@@ -188,7 +195,8 @@ def check(c: Config) -> None:
             raise ValueError(f"--{name} {getattr(c, name)}: {', '.join(choices)}")
     many = (c.gpus if c.dry_run else int(os.environ.get("WORLD_SIZE", 1))) * c.accumulate
     least = dict.fromkeys("steps vae_steps text_steps text_batch tokens save_every sample_every "
-                          "accumulate gpus fps pixels digit channels time_factor".split(), 1)
+                          "accumulate gpus fps pixels digit channels time_factor space_factor "
+                          "patch vae_width text_width width depth heads".split(), 1)
     least |= {"keep": 0, "items": 0, "workers": 0, "seed": 0, "rows": many, "vae_batch": many}
     for name, low in least.items():
         if not getattr(c, name) >= low:
@@ -198,8 +206,10 @@ def check(c: Config) -> None:
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: a share, from 0 to 1")
     for name in ("lr", "vae_lr", "text_lr", "shift", "rope_base"):
-        if not getattr(c, name) > 0:
+        if not 0 < getattr(c, name) < np.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: above 0")
+    if c.seed >= 2**32:
+        raise ValueError(f"--seed {c.seed}: below {2**32}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
     if c.text_width % 64:
