@@ -28,11 +28,13 @@ import importlib
 import json
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
 UNSEEN = 10**6  # added to a run's seed: clips of other numbers
@@ -489,6 +491,30 @@ def enlarge(clip: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "arial.ttf")
+
+
+@cache
+def fonts() -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own, and those of this machine that have more letters than it."""
+    found = [ImageFont.load_default()]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, 11))
+    return found
+
+
+@cache
+def lettering(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A title and the font that has most of its letters; for others there is a plain note."""
+    missing = {font: bytes(font.getmask("\U0010ffff")) for font in fonts()}  # an empty box
+    lacking = {font: [x for x in set(text) if not x.isspace() and bytes(font.getmask(x)) == box]
+               for font, box in missing.items()}  # fmt: skip
+    font = min(lacking, key=lambda font: len(lacking[font]))
+    left = "".join(x for x in text if x not in lacking[font]).strip()
+    return left + " (and letters that no font here has)" * (len(lacking[font]) > 0), font
+
+
 def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
     """Each clip as a strip of up to `most` frames below its title; an orange bar below those that
     are marked (a bool [T] for each clip)."""
@@ -502,14 +528,17 @@ def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
             strip[-2:, np.asarray(marks[k])[times], :-2] = 255, 190, 80
         strips.append(Image.fromarray(strip.reshape(len(strip), -1, 3)))
     lines = [strips[k : k + columns] for k in range(0, len(strips), columns)]
-    wide = 8 + max([strip.width for strip in strips] + [6 * len(title) for title in titles])
+    lettered = [lettering(title) for title in titles]
+    wide = 8 + max([strip.width for strip in strips]
+                   + [int(font.getlength(title)) for title, font in lettered])  # fmt: skip
     high = [max(strip.height for strip in line) + 22 for line in lines]
     size = wide * min(columns, len(strips)) + 8, sum(high) + 6
     page = Image.new("RGB", size, (32, 32, 32))
     pen, y = ImageDraw.Draw(page), 4
     for k, line in enumerate(lines):
         for x, strip in enumerate(line):
-            pen.text((8 + wide * x, y), titles[k * columns + x], fill=(255, 255, 255))
+            title, font = lettered[k * columns + x]
+            pen.text((8 + wide * x, y), title, fill=(255, 255, 255), font=font)
             page.paste(strip, (8 + wide * x, y + 16))
         y += high[k]
     return page

@@ -2109,6 +2109,22 @@ def test_a_folder_that_changes(own_files, tmp_path, monkeypatch, capsys):
     assert len(folder.Folder(config).files) == 8 and len(looked) == 3 + len(entries) - 2
 
 
+def test_the_contact_sheet_says_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clip = np.repeat(np.uint8([20, 200]), 8)[:, None, None, None].repeat(3, 3)
+    film(tmp_path / "cut.mp4", np.tile(clip, (1, 64, 96, 1)), 80 * np.arange(16))
+    (tmp_path / "cut.txt").write_text("two scenes")
+    shown, real = [], data.sheet
+    monkeypatch.setattr(folder, "sheet", lambda *x, **y: shown.append((x, y)) or real(*x, **y))
+    monkeypatch.setattr("sys.argv", ["folder.py", ".", "--pixels", "1600", "--fps", "12.5"])
+    for _ in range(2):  # its own picture is no clip
+        folder.main()
+        assert "1 videos of 1 seconds, 0 images" in capsys.readouterr().out
+    (clips, titles), marks = shown[-1][0], shown[-1][1]["marks"][0]
+    found = re.fullmatch(r"cut.mp4 \(13 x 32 x 48, cut at frame (\d+)\): two scenes", titles[0])
+    assert np.array_equal(marks, clips[0].mean((0, 2, 3)) > 100) and marks.argmax() == int(found[1])
+
+
 def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
     world, looked = folder.Folder(WorldConfig(str(own_files))), []
     i, real = np.arange(len(world)), folder.read
@@ -2441,6 +2457,10 @@ def test_plots_and_sheets_show_what_they_are_given():
     page = np.asarray(data.sheet(clips, "abc", columns=2, scale=2, marks=[[True, False]] * 3))
     assert (page[20:36, 26:42] == data.enlarge(clips[0], 2)[1]).all()
     assert [(page[37:39, x] == (255, 190, 80)).all() for x in (8, 26)] == [True, False]
+    said, font = data.lettering("a dog \ufdd0")
+    assert said == "a dog (and letters that no font here has)" and data.lettering("a")[0] == "a"
+    wide = np.asarray(data.sheet(clips[:1], ["W" * 60]))  # a title of wide letters fits
+    assert wide[:16, -8:].max() == 32 and wide.shape[1] > font.getlength("W" * 60)
 
 
 def played_by_a_page(out: Path, world) -> None:
