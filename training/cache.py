@@ -56,13 +56,10 @@ def decode_once(world: World, folder: Path, workers: int) -> None:
             clip.pixels = pixels[ends[k] - np.prod(shape) : ends[k]].reshape(shape)[:, :n].copy()
         return [clip if done[k] else None for k, clip in zip(i, found, strict=True)]
 
-    todo = np.flatnonzero(done == 0)
-    groups = [todo[k : k + 8] for k in range(0, len(todo), 8)][rank() :: ranks()]
-    ready = made_ahead(lambda k: len(clips(groups[k])), range(len(groups)), workers)
-    with tqdm(total=sum(map(len, groups)), desc="decode", unit="clip", disable=rank() > 0) as bar:
-        for count in ready:
-            bar.update(count)
-            if STOP:
-                raise SystemExit("stopped while decoding; the same command continues")
+    todo = np.flatnonzero(done == 0)[rank() :: ranks()]
+    ready = made_ahead(lambda k: len(clips(todo[k : k + 1])), range(len(todo)), workers)
+    for _ in tqdm(ready, "decode", unit="clip", disable=rank() > 0 or not len(todo)):
+        if STOP:
+            raise SystemExit("stopped while decoding; the same command continues")
     barrier()
     world.clips = clips
