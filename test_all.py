@@ -1988,6 +1988,12 @@ def test_files_as_phones_and_browsers_make_them(tmp_path):
         assert 235 < page.min() and page.max() < 245
     encoded(path, {"libx264": ("yuv420p", [189])}, color_trc=media.HLG, colorspace=9)
     assert media.read(path).min() > 230
+    wide = av.VideoFrame(1280, 544, "yuv420p")  # a film's shape, untagged: BT.709, by its width
+    for plane, level in zip(wide.planes, (81, 90, 240), strict=True):
+        plane.update(bytes([level]) * plane.buffer_size)
+    untagged = media.to_image(wide, (8, 16), 3)
+    wide.colorspace = media.BT709
+    assert untagged == media.to_image(wide, (8, 16), 3)
     # 48 megapixels, turned, of which no process ever holds more than it needs
     exif = Image.Exif()
     exif[0x112] = 6

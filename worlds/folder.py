@@ -9,7 +9,8 @@ arithmetic on it. Clip i is a *window*, a part of a video of at most `longest` f
 
   * shape: scaled down to about `pixels` pixels, with sides on the patch grid. Never cropped, never
     enlarged, and stretched by no more than the grid asks for (the report: training at native size
-    frames and composes better than on square crops). A turned phone's video is upright.
+    frames and composes better than on square crops). A turned phone's video is upright. sample.py
+    reads people's prompts in the same way.
   * time: frame j is what the file shows j / fps seconds after its start, by its own time stamps. A
     video of F such frames gives F // longest windows side by side, or one of 1 + unit k frames. The
     spare frames lie where a hash of the file's name puts them. An image is a window of one frame.
