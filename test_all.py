@@ -1964,6 +1964,22 @@ def test_a_clip_shows_what_is_on_the_screen(own_files, fps, name):
     assert np.array_equal(media.read(path, times[-5:], (24, 40), found=found), clip[:, -5:])
 
 
+def test_only_what_a_player_shows_is_read(own_files, tmp_path):
+    whole = media.read(own_files / "long.mp4", np.arange(30, 47) / 10, (24, 32))
+    with av.open(str(own_files / "long.mp4")) as file, av.open(str(tmp_path / "a.mov"), "w") as cut:
+        stream = cut.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):  # as `ffmpeg -ss 3 -c copy`: from the key frame before
+            if packet.dts is not None:
+                late = int(3 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, stream
+                cut.mux(packet)
+    cut = media.read(tmp_path / "a.mov", np.arange(17) / 10, (24, 32))
+    assert np.array_equal(cut, whole) and 1.5 < media.probe(tmp_path / "a.mov")["seconds"] < 1.8
+    film(tmp_path / "b.mkv", numbered(9, 32, 48), 5000 + 100 * np.arange(9))  # starts at 5 seconds
+    late = media.read(tmp_path / "b.mkv", np.arange(9) / 10)
+    assert numbers_in(late) == list(range(9)) and media.probe(tmp_path / "b.mkv")["start"] == 5
+
+
 def encoded(path: Path, films: dict[str, tuple[str, list[int]]], **tags) -> None:
     """Streams of a file: {codec: (pixel format, gray of each frame)}."""
     with av.open(str(path), "w") as file:
