@@ -1664,6 +1664,7 @@ def test_training_starts_from_given_weights(acting_run, tmp_path, monkeypatch, s
     ("--world nowhere", "nowhere: no such folder, nor a world of that name"),
     ("--data CODE/training", "no file of .mp4 .webm"),
     ("--data BAD", "captions.jsonl, line 2: each line is like"),
+    ("--data BAD --out BAD", "--out BAD: another folder than that of the clips"),
     ("--data BROKEN", "none of its 1 files can be used"),
 ])  # fmt: skip
 def test_a_training_mistake_is_one_line(user_run, tmp_path, monkeypatch, capsys, flags, says):

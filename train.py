@@ -208,6 +208,8 @@ def check(c: Config) -> None:
     for name in ("lr", "vae_lr", "text_lr", "shift", "rope_base"):
         if not 0 < getattr(c, name) < np.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: above 0")
+    if Path(c.kind).resolve() == c.folder.resolve():  # both have a captions.jsonl
+        raise ValueError(f"--out {c.folder}: another folder than that of the clips")
     if c.seed >= 2**32:
         raise ValueError(f"--seed {c.seed}: below {2**32}")
     if c.width % (2 * c.heads):
