@@ -17,8 +17,8 @@ Four stages, each of which needs the ones before it:
     dit     items and captions             ->  dit.pt, dit.best-*.pt, gallery.gif
 
 A run's folder, out/<preset>, also holds config.json; log.jsonl, a line of figures every few steps,
-and loss.png, its picture; samples/, clips of fixed prompts and seeds as training goes on. `--stage
-export` writes the EMA weights of each .pt as .safetensors.
+and loss.png, its picture; samples/, clips of fixed prompts and seeds as training goes on; cache/,
+a folder's clips as pixels. `--stage export` writes the EMA weights of each .pt as .safetensors.
 
 In reading order: the configuration; the loss of each stage; what is shown; the command line. The
 loop is training/loop.py; a step's batch, training/batches.py.
