@@ -20,7 +20,7 @@ says what every frame must show. The model gets the same, and what it makes is r
     game    Paddle, ball and bricks frame by frame; one state under each of the actions; 1,000
             frames; and 200 in which nobody does anything.
 
-Figures whose names end in a unit are in it; all others are shares.
+Figures whose names end in a unit after a comma are in it; all others are shares.
 
 Alphabet: clips uint8 [C, T, H, W]; n clips; k frames are known.
 """
@@ -142,9 +142,9 @@ def endless(run: prompting.Run, world: World, frames: int, still: bool, how: dic
         cells = cells_of(x)  # [n T, rows, columns, C]
         balls = (np.abs(cells - PALETTE[BALL]).max(3) < 100).sum((1, 2))
         paddle = (np.abs(cells[:, FLOOR] - PALETTE[PLAYER]).max(2) < 64).sum(1)
-        figures |= {f"sharp, {name} tenth": float((away.min(0) < 48).mean()),
-                    f"one ball, {name} tenth": float((balls == 1).mean()),
-                    f"one paddle, {name} tenth": float((paddle == PADDLE).mean())}  # fmt: skip
+        figures |= {f"sharp in the {name} tenth": float((away.min(0) < 48).mean()),
+                    f"one ball in the {name} tenth": float((balls == 1).mean()),
+                    f"a paddle in the {name} tenth": float((paddle == PADDLE).mean())}  # fmt: skip
     return figures
 
 
@@ -238,7 +238,7 @@ def score_paint(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figu
         a, b = seen["paper"][:, t], true["paper"][:, t]  # [n, rows, columns]
         resting = (true["paper"][:, max(0, t - 30) : t + 1] == b[:, None]).all(1)
         figures[f"strokes after {later}"] = overlap(a, b)
-        figures[f"not touched for 30, after {later}"] = overlap(a, b, resting)
+        figures[f"untouched for 30 after {later}"] = overlap(a, b, resting)
     clean = (true["paper"][:, : t + 1] == 0).all(1)
     bitten = (true["paper"][:, :t].max(1) > 0) & (b == 0)
     return figures | {"stays clean": float((a == 0)[clean].mean()),
@@ -297,10 +297,10 @@ def score_wall(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figur
         if pairs:
             came = [come_out(world, x, y, network) for x, y in pairs]
             out = np.array([x for x in came if x] or [(0, np.nan, np.nan)])  # [n, 3]
-            figures |= {f"same digit, hidden for {name}": float(out[:, 0].sum() / len(came)),
-                        f"hidden for {name}, frames off": float(np.median(out[:, 1])),
-                        f"hidden for {name}, px off": float(np.median(out[:, 2])),
-                        f"never out, hidden for {name}": came.count(None) / len(came)}  # fmt: skip
+            figures |= {f"same digit after {name} hidden": float(out[:, 0].sum() / len(came)),
+                        f"time after {name} hidden, frames off": float(np.median(out[:, 1])),
+                        f"place after {name} hidden, px off": float(np.median(out[:, 2])),
+                        f"never out after {name} hidden": came.count(None) / len(came)}  # fmt: skip
     return figures
 
 
