@@ -31,8 +31,8 @@ class Game(Simulated):
     past, noise = 0.7, 0.3  # two frames, which say all; what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
-        """Anywhere in a game: some bricks are gone. What training never shows: other layouts, and a
-        faster ball."""
+        """Anywhere in a game: some bricks are gone, and the ball may be among the others, where most
+        happens. What training never shows: other layouts, and a faster ball."""
         n, beyond, row, column = len(u), self.config.beyond, np.arange(ROWS), np.arange(COLUMNS)
         rows = row < chosen(u[:, 0], (2, 3, 4))[:, None]  # [n, ROWS]
         gaps = u[:, 8 : 8 + COLUMNS] < chosen(u[:, 1], (0.0, 0.3))[:, None]  # [n, COLUMNS]
@@ -44,10 +44,10 @@ class Game(Simulated):
         layout |= ~layout.any((1, 2), keepdims=True)
         left = np.where(u[:, 2] < 0.3, 1.0, u[:, 3])[:, None, None]  # the share that is left
         bricks = layout & (u[:, 16 : 16 + ROWS * COLUMNS].reshape(n, ROWS, COLUMNS) < left)
-        ball = np.column_stack([chosen(u[:, 4], range(6, 13)), chosen(u[:, 5], range(SIDE))])
+        ball = np.column_stack([chosen(u[:, 4], range(FLOOR)), chosen(u[:, 5], range(SIDE))])
         sign = np.column_stack([chosen(u[:, 6], (-1, 1)), chosen(u[:, 7], (-1, 1))])
         return {
-            "bricks": bricks,
+            "bricks": bricks & ~touched(ball),
             "layout": layout,
             "ball": ball,  # [n, 2]: its row and column
             "sign": sign,  # [n, 2]: which way it goes
