@@ -31,8 +31,8 @@ class Game(Simulated):
     past, noise = 0.7, 0.3  # two frames, which say all; what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
-        """Anywhere in a game: some bricks are gone, and the ball may be among the others, where most
-        happens. What training never shows: other layouts, and a faster ball."""
+        """Anywhere in a game: some bricks are gone, and the ball may be among the others, where
+        most happens. What training never shows: other layouts, and a faster ball."""
         n, beyond, row, column = len(u), self.config.beyond, np.arange(ROWS), np.arange(COLUMNS)
         rows = row < chosen(u[:, 0], (2, 3, 4))[:, None]  # [n, ROWS]
         gaps = u[:, 8 : 8 + COLUMNS] < chosen(u[:, 1], (0.0, 0.3))[:, None]  # [n, COLUMNS]
