@@ -78,8 +78,10 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     about, digit = runs["whole frames"].world, one["digit"]
     chosen = prompts.real_clips(about, args.clips, 0, args.seed)
     chosen = [x for x in chosen if len(set(x.clips[0].shape[2:])) == 2]  # no squares
-    pairs, asked = ([y for x in chosen for y in z(x)] for z in (
-        lambda x: x.pairs, lambda x: [fact["digits"] for fact in x.facts]))  # fmt: skip
+    if not chosen:
+        raise ValueError(f"{folder} learned from squares only: nothing can be cut off")
+    pairs = [pair for x in chosen for pair in x.pairs]
+    asked = [fact["digits"] for x in chosen for fact in x.facts]
     real = [clip for clip, _ in pairs]
     sets = {"real": real, "VAE": prompts.reconstruct(runs["whole frames"].vae, real)[0]}
     for name, run in runs.items():
