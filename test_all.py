@@ -763,18 +763,18 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
 
 def test_strokes_stay_and_the_eraser_bites():
     world = open_world(WorldConfig("paint"))
-    state = alone(world, paper=np.zeros((16, 16), int), brush=(5, 5), down=False, tool=1)
+    state = alone(world, paper=np.zeros((8, 8), int), brush=(5, 2), down=False, tool=1)
     for action in (5, 6, 5, 5, 3, 6, 5):  # right; down: right, right, down; lifted: right
         state = world.step(state, np.array([action]))
-    painted = [[5, 6], [5, 7], [5, 8], [6, 8]]
+    painted = [[5, 3], [5, 4], [5, 5], [6, 5]]
     assert np.argwhere(state["paper"][0] == 2).tolist() == painted
-    assert np.count_nonzero(state["paper"]) == 4 and state["brush"].tolist() == [[6, 9]]
+    assert np.count_nonzero(state["paper"]) == 4 and state["brush"].tolist() == [[6, 6]]
     for action in (7, 7, 7, 6):  # blue, then the eraser, which is put down
         state = world.step(state, np.array([action]))
-    assert np.argwhere(state["paper"][0]).tolist() == [[5, 6], [5, 7]]
-    for _ in range(20):
+    assert np.argwhere(state["paper"][0]).tolist() == [[5, 3], [5, 4]]
+    for _ in range(10):
         state = world.step(state, np.array([2]))
-    assert state["brush"].tolist() == [[0, 9]]  # the edge of the paper
+    assert state["brush"].tolist() == [[0, 6]]  # the edge of the paper
 
 
 def test_a_hidden_digit_goes_on_behind_its_wall():
@@ -2167,6 +2167,10 @@ def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
     assert len(looked) == 2 * len(i) + 1  # from later on, and longer: decoded anew
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_data_set_grows_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -2194,7 +2198,7 @@ def test_a_data_set_grows_and_the_same_command_goes_on(tmp_path, monkeypatch, ca
         done = subprocess.run(other, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith(
         "train.py: another training writes to out/own: name another --out\n")  # fmt: skip
-    monkeypatch.setattr(folder, "find_files", lambda root: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(folder, "find_files", interrupt)
     with pytest.raises(SystemExit, match="stopped; the same command continues"):
         train.command(train.parse(flags))
 
