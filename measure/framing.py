@@ -71,10 +71,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     one, other = (run.config for run in runs.values())
     if (one.get("crop", "none"), other.get("crop")) != ("none", "square"):
         raise ValueError("--run needs --crop none, and --against --crop square")
-    differ = [name for name in one if one[name] != other.get(name)
-              and name not in ("out", "crop", "stage", "compile")]  # fmt: skip
-    if differ:
-        raise ValueError(f"the two runs also differ in {', '.join(differ)}")
+    prompts.refuse_other_than(one, other, ("out", "crop", "stage", "compile"))
     about, digit = runs["whole frames"].world, one["digit"]
     chosen = prompts.real_clips(about, args.clips, 0, args.seed)
     chosen = [x for x in chosen if len(set(x.clips[0].shape[2:])) == 2]  # no squares

@@ -165,10 +165,8 @@ def compare(recaptioned: Path, written: Path, ones: int, twos: int, seed: int) -
     one, other = (prompting.load_run(folder) for folder in (written, recaptioned))
     if (one.config["captions"], other.config["captions"]) != ("written", "recaptioned"):
         raise ValueError("--run needs --captions recaptioned, and --against --captions written")
-    differ = [name for name, value in one.config.items() if value != other.config.get(name)
-              and name not in ("out", "captions", "stage") and name[:5] != "text_"]  # fmt: skip
-    if differ:
-        raise ValueError(f"the two runs also differ in {', '.join(differ)}")
+    own = tuple(name for name in one.config if name[:5] == "text_")
+    prompts.refuse_other_than(one.config, other.config, ("out", "captions", "stage", *own))
     kinds = {"written": (one, False), "re-captioned": (other, False), "expanded": (other, True)}
     made = {name: prompts.measure(run, ones, twos, seed, {}, expanded)[0]["generated"]
             for name, (run, expanded) in kinds.items()}  # fmt: skip

@@ -34,6 +34,13 @@ def held_out(about: dict, **changes) -> data.Digits:
     return data.unseen(about, **changes)
 
 
+def refuse_other_than(one: dict, other: dict, names: tuple[str, ...]) -> None:
+    """ValueError if two runs, whose flags these are, differ in anything else than these names."""
+    differ = [name for name in one if one[name] != other.get(name) and name not in names]
+    if differ:
+        raise ValueError(f"the two runs also differ in {', '.join(differ)}")
+
+
 class Chosen:
     """n real clips of one size (T, H, W), and all that is true of them."""
 

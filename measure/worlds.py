@@ -36,9 +36,8 @@ from PIL.Image import Image
 import data
 import prompting
 from data import Clip, World
-from measure.prompts import as_table
+from measure.prompts import as_table, reconstruct
 from measure.reader import classify, load_classifier, to_ink, window
-from vae import to_float, to_uint8
 from worlds.game import BALL, FLOOR, PADDLE, PALETTE, PLAYER, cells_of
 from worlds.wall import hidden_runs
 
@@ -64,17 +63,6 @@ def start_known(clips: list[Clip], k: int, **facts) -> list[Clip]:
     for clip in clips:
         clip.facts |= {"known": k, **facts}
     return clips
-
-
-def decoded(run: prompting.Run, clips: list[Clip]) -> list[np.ndarray]:
-    """What the VAE makes of them."""
-    unit, made = run.ft, []
-    for clip in clips:
-        T = clip.pixels.shape[1]
-        whole = np.pad(clip.pixels, ((0, 0), (0, -(T - 1) % unit), (0, 0), (0, 0)), "edge")
-        video = run.vae.decode(run.vae.encode(to_float([whole]).to(run.device)))
-        made.append(to_uint8(video)[0][:, :T])
-    return made
 
 
 def frozen(clips: list[Clip]) -> list[np.ndarray]:
@@ -354,8 +342,9 @@ def tables(run: prompting.Run, n: int, how: dict, pairs: list) -> Iterator[tuple
     model, each = within(run, n, how)
     pairs += each[:4]
     clips, odd = [clip for clip, _ in each], choose(beyond, n)
-    sets = {"real": score(world, clips, [x.pixels for x in clips]),
-            "VAE": score(world, clips, decoded(run, clips)), "model": model,
+    real = [clip.pixels for clip in clips]
+    sets = {"real": score(world, clips, real),
+            "VAE": score(world, clips, reconstruct(run.vae, real)[0]), "model": model,
             "frozen": score(world, clips, frozen(clips))}  # fmt: skip
     sets["beyond"] = score(beyond, odd, go_on(run, odd, how))
     yield f"{kind} (beyond: {other})", sets
