@@ -68,7 +68,7 @@ class WorldConfig:
     labelled: float = 0.1  # the share of clips for which somebody wrote the full caption
     held_out: bool = False  # the digits that are kept for evaluation
     beyond: bool = False  # in simulated worlds: what training never shows
-    crop: str = ""  # or "square": the middle of each frame, in all worlds
+    crop: str = "none"  # or "square": the middle of each frame, in all worlds
     pixels: int = 1024  # a folder's clips are scaled down to about so many a frame,
     multiple: int = 8  # to sides that this divides,
     unit: int = 4  # and cut to 1 + unit k frames
@@ -198,7 +198,7 @@ class Square:
 
 def open_world(config: WorldConfig) -> World:
     world = world_class(config.kind)(config)
-    return Square(world) if config.crop else world
+    return Square(world) if config.crop == "square" else world
 
 
 def unseen(about: dict, **changes) -> World:

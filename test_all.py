@@ -595,7 +595,7 @@ def any_world(request, tmp_path_factory) -> data.World:
             (clip,) = Digits(WorldConfig(shapes=((24, 32),))).clips([k], frames=T)
             write_clip(Path(kind, name), np.concatenate([clip.pixels, 255 - clip.pixels] * 2)[:3])
         Path(kind, "a.txt").write_text("a digit that moves")
-    square = ("digits", "square") if kind == "square" else (kind, "")
+    square = ("digits", "square") if kind == "square" else (kind, "none")
     return open_world(WorldConfig(square[0], durations=(5, 9), crop=square[1]))
 
 

@@ -232,8 +232,8 @@ def make_world(c: Config) -> World:
     small = [max(c.digit, k * shapes[0][0] // 4) for k in (2, 3)]  # of images only, to learn sooner
     images = tuple((multiple * -(-side // multiple),) * 2 for side in small)
     config = WorldConfig(c.kind, c.seed, c.durations, shapes, images, c.fps, c.digit,
-                         pixels=c.pixels, multiple=multiple, unit=c.time_factor,
-                         crop=c.crop.replace("none", ""))  # fmt: skip
+                         crop=c.crop, pixels=c.pixels, multiple=multiple,
+                         unit=c.time_factor)  # fmt: skip
     if rank():
         barrier()
     world = open_world(config)
