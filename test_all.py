@@ -1741,7 +1741,7 @@ def acting(acting_run) -> SimpleNamespace:
     made, vae = items.Items(acting_run / "items", 3, 4), prompting.load_vae(acting_run, "cpu")
     said, tokenizer = words.words_of(world, made), recaption.make_tokenizer(world)
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    source = batches.Source(made, texts, world.held_back(made["number"]), c)
+    source = batches.Source(made, texts, world.held_back(made["number"]), c, world)
     return SimpleNamespace(c=c, world=world, vae=vae, items=made, said=said, source=source)
 
 
@@ -1781,8 +1781,7 @@ def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
     count, made, held = Counter(), acting.items, acting.source.held
 
     def drawn(step: int, **more) -> str:  # by another process
-        source = batches.Source(made, acting.source.texts, held, replace(acting.c, **more))
-        return str(batches.draw_step(source, step))
+        return str(batches.draw_step(replace(acting.source, c=replace(acting.c, **more)), step))
 
     assert drawn(5) == drawn(5) not in (drawn(6), drawn(5, seed=1))
     for step in range(200):
@@ -1792,7 +1791,7 @@ def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
             image, past, known = made["image"][clip.item] > 0, clip.past > 0, clip.level[~clip.free]
             assert not held[clip.item] and (image or step >= 0.3 * acting.c.steps)
             assert (len(known) > 0) <= (past or made["given"][clip.item] > 0)
-            assert (known <= acting.source.noise * past).all()  # known frames: 0
+            assert (known <= acting.world.noise * past).all()  # known frames: 0
             rising = clip.level[clip.free]
             assert (np.diff(rising) >= 0).all()
             kinds = {"images": image, "dropped": clip.text == [NOTHING], "acts": clip.acts,

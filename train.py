@@ -524,8 +524,8 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
     """What the transformer learns from: items, and the caption of each as tokens."""
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    source = batches.Source(made, [x[:MOST_WORDS] for x in texts], world.held_back(made["number"]),
-                            c, world.past, world.noise)  # fmt: skip
+    held = world.held_back(made["number"])
+    source = batches.Source(made, [x[:MOST_WORDS] for x in texts], held, c, world)
     most = np.minimum(c.tokens - source.count, MOST_WORDS).tolist()  # batches.py cuts what is left
     long = {x.name for x, y, n in zip(said, texts, most, strict=True) if len(y) > n}
     if long and rank() == 0:
@@ -542,7 +542,8 @@ def dry_run(c: Config, steps: int = 4) -> str:
     tokenizer = recaption.make_tokenizer(world)
     with torch.device("meta"):  # shapes without numbers
         networks = {"vae": make_vae(c, world), "dit": make_dit(c, tokenizer.size, world)}
-    source = batches.Source(made, list(map(tokenizer.encode, said)), np.zeros(len(made), bool), c)
+    texts, held = list(map(tokenizer.encode, said)), np.zeros(len(made), bool)
+    source = batches.Source(made, texts, held, c, world)
     drawn = [batches.draw_step(source, step)[0] for step in range(max(0, c.steps - steps), c.steps)]
     lengths = [[len(x.text) + x.patches * len(x.free) for x in clips] for clips in drawn]
     texts = [sum(len(x.text) for x in clips) for clips in drawn]

@@ -71,8 +71,7 @@ class Source:
     texts: list[list[int]]  # the caption of each item, as token ids
     held: np.ndarray  # bool [n]: items that are only measured on
     c: object  # train.Config
-    past: float = World.past  # how long pasts are, on average
-    noise: float = World.noise  # the highest level of theirs
+    world: World
 
     def __post_init__(self):
         image, grid = self.items["image"] > 0, [self.items[name] for name in "thw"]
@@ -117,7 +116,8 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     pick = np.array(pick)
     room = (c.tokens - source.count[pick]).clip(min=1).tolist()
     texts = [source.texts[k][:n] for k, n in zip(pick.tolist(), room, strict=True)]
-    texts = [x if keep else [NOTHING] for x, keep in zip(texts, u[:, 2] >= DROPOUT, strict=True)]
+    keep = u[:, 2] >= np.where(kind == 2, source.world.silent, DROPOUT)
+    texts = [x if told else [NOTHING] for x, told in zip(texts, keep, strict=True)]
     lengths = [len(x) + int(n) for x, n in zip(texts, source.count[pick], strict=True)]
     plan = patches.longest_prefix(lengths, c.tokens, c.rows)
     n, drawn = sum(map(len, plan)), []
@@ -132,9 +132,9 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
         if items["given"][item]:
             free = ~items.held(item)
         if ahead:
-            past = 1 + int(u[k, 3] ** (1 / source.past - 1) * (t - 1))
+            past = 1 + int(u[k, 3] ** (1 / source.world.past - 1) * (t - 1))
             free[:past] = False
-        level = np.where(free, level, source.noise * u[k, 4] * bool(ahead))
+        level = np.where(free, level, source.world.noise * u[k, 4] * bool(ahead))
         acts, frame = u[k, 5] >= DROPOUT, int(source.frame[item])
         start = int(ahead > 0 or later > 0)
         drawn.append(Drawn(item, texts[k], level, free, past, acts, start, frame))
