@@ -17,23 +17,18 @@ from measure import bench, framing, language, prompts, scaling, tasks, worlds
 from sample import Parser
 
 COMMANDS = {
-    "prompts": (prompts.main, "run ones=480 twos=120 seed=0 steps guidance no-expand"),
-    "tasks": (tasks.main, "run clips=40 minutes=10 seed=0 steps"),
-    "language": (language.main, "run clips=1000 seed=0 against ones=240 twos=120"),
-    "worlds": (worlds.main, "run clips=64 steps"),
-    "framing": (framing.main, "run against clips=240 seed=0"),
-    "scaling": (scaling.main, "run steps clips=160 out train"),
+    "prompts": (prompts.main, "run= ones=480 twos=120 steps=0"),
+    "tasks": (tasks.main, "run= clips=40 minutes=10 steps=0"),
+    "language": (language.main, "run= clips=1000 against= ones=240 twos=120"),
+    "worlds": (worlds.main, "run= clips=64 steps=0"),
+    "framing": (framing.main, "run= against= clips=240"),
+    "scaling": (scaling.main, "run= clips=160 out=out/scaling"),
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
 }
-FLAGS = {
-    "run": {"help": "a folder of train.py (default: the newest; scaling: a new one)"},
-    "steps": {"type": int, "help": "of sampling; scaling: of the longest training"},
-    "guidance": {"type": float, "help": "1: none (default: as sample.py)"},
-    "no-expand": {"action": "store_true", "help": "take the short prompts as they are"},
-    "against": {"metavar": "RUN", "help": "an equal run to compare with: see above"},
-    "out": {"default": "out/scaling"}, "train": {"nargs": "*", "help": "its flags, after --"},
-}
+HELP = {"run": "a folder of train.py (default: the newest)",
+        "steps": "of sampling (default: those of sample.py)",
+        "against": "an equal run to compare with: see above"}  # fmt: skip
 
 
 def main() -> None:
@@ -42,12 +37,13 @@ def main() -> None:
     for name, (measure, flags) in COMMANDS.items():
         about = measure.__doc__ or measure.__globals__["__doc__"]  # of its file
         say = commands.add_parser(name, description=about, formatter_class=AsIs).add_argument
-        for flag, _, value in (flag.partition("=") for flag in flags.split()):
-            number = {"type": int, "default": int(value or 0), "help": f"default: {value}"}
-            say("--" * (flag != "train") + flag, **FLAGS.get(flag, number))
+        for flag, value in (flag.split("=") for flag in flags.split()):
+            kind = int if value.isdigit() else str
+            said = HELP.get(flag, f"default: {value}")
+            say("--" + flag, type=kind, default=kind(value), help=said)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if isinstance(value, int) and value < (least := name not in ("seed", "twos", "no_expand")):
+        if isinstance(value, int) and value < (least := name not in ("twos", "steps")):
             parser.error(f"--{name} {value}: at least {least:d}")
     try:
         if made := COMMANDS[args.command][0](args):

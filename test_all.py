@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -2361,7 +2360,7 @@ def test_sharpness_falls_under_blur_and_not_under_noise():
 
 def test_prompts_are_balanced_and_tell_a_perfect_model_from_a_deaf_one(monkeypatch):
     run = measured_run()
-    chosen = prompts.real_clips(run.world, 80, 8, seed=0)
+    chosen = prompts.real_clips(run.world, 80, 8)
     kinds = [x for one in chosen for x in one.prompts if "and" not in x]
     assert len(set(kinds)) == 40 and {kinds.count(x) for x in kinds} == {2}
     sizes, shapes = {one.clips[0].shape[1:] for one in chosen}, run.world["shapes"]
@@ -2370,7 +2369,7 @@ def test_prompts_are_balanced_and_tell_a_perfect_model_from_a_deaf_one(monkeypat
     for deaf in (0, 1):  # a deaf model shows what another prompt says
         monkeypatch.setattr(prompting, "finished", lambda run, asked, *_, deaf=deaf: [
             stock[x.clip.shape, x.prompt] for x in asked[deaf:] + asked[:deaf]])  # fmt: skip
-        figures, page = prompts.measure(run, 80, 8, 0, {})
+        figures, page = prompts.measure(run, 80, 8, {})
         real, made = figures["real"], figures["generated"]
         assert real["digit"] >= 0.95 and real["direction"] == 1 and real["both"] >= 0.8
         assert made["digit"] < 0.3 and made["both"] < 0.2 if deaf else made == real
@@ -2418,7 +2417,7 @@ def test_wrong_captions_lose_what_is_wrong_and_no_more():
         assert facts_said.is_kept(facts_said.read_prompt(said), want) == (said[-1] == "n")
 
 
-def freeze(run, asked, seeds, how, expanded=False) -> list[np.ndarray]:
+def freeze(run, asked, seeds, how=None, expanded=False) -> list[np.ndarray]:
     """A model that repeats the last known frame, and jumps to what is known next."""
     made = []
     for x in asked:
@@ -2433,15 +2432,14 @@ def freeze(run, asked, seeds, how, expanded=False) -> list[np.ndarray]:
 def test_the_truth_is_right_in_every_task_and_baselines_are_wrong_as_they_should(monkeypatch):
     monkeypatch.setattr(prompting, "finished", freeze)
     monkeypatch.setattr(tasks, "MINUTE", 200)
-    figures = tasks.measure(measured_run(), 24, 2, 0, {})[0]
-    truth = tasks.table({name: x | {"made": x["real"]} for name, x in figures.items()})
-    assert "not yet" not in truth and "not yet" in tasks.table(figures)
+    figures = tasks.measure(measured_run(), 24, 2, {})[0]
     for name, x in (pair for kinds in figures.values() for pair in kinds["real"].items()):
-        assert x == 1 if "seam" in name else x < 1e-3 if "pixels" in name else True
+        if "tenths" not in name:
+            assert x == 1 if "seam" in name else x < 1e-3 if "pixels" in name else x > 0.89, name
     still, frozen = ({k: x[kind] for k, x in figures.items()} for kind in ("baseline", "made"))
     for name, x in (("image to video", "direction"), ("a minute", "speed, last tenth / first")):
         assert still[name][x] == 0
-    world = tasks.held_out(measured_run().world, seed=0, two_digits=0.0)
+    world = tasks.held_out(measured_run().world, two_digits=0.0)
     for kind, seam, last, way in (("forward", 9, 8, 1), ("backward", 16, 16, -1)):
         fits, row = lambda path, seam=seam: tasks.steady(path, seam), still[f"extend {kind}"]
         true = tasks.choose(world, (25, 32, 32), range(24), fits).path
@@ -2606,7 +2604,6 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "main", lambda c: torch.save(done, c.folder / "dit.pt"))
     monkeypatch.setattr(prompting, "finished", freeze)
     monkeypatch.setattr(tasks, "MINUTE", 100)
-    monkeypatch.setattr(tasks, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
     monkeypatch.setattr(bench, "ROWS", 2)
     run = f"--run {measured}/done"
     for line in (f"prompts {run} --ones 2 --twos 1", f"tasks {run} --clips 2 --minutes 1 --steps 1",
@@ -2631,14 +2628,13 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     ("", "required: prompts|tasks"), ("dance", "invalid choice: 'dance'"),
     ("prompts --run no/where", "no no/where/dit.pt"), ("prompts --ones 0", "--ones 0: at least 1"),
     ("language --run {}/done --against {}/done", "--run needs --captions recaptioned"),
-    ("scaling --run {}/half", "has done 1 of 16"), ("scaling --run {}/done --steps 5", "leave"),
+    ("scaling --run {}/half", "has done 1 of 16"),
     *((f"{name} --run {{}}/own", "run learned from cats: only moving digits can be measured")
       for name in ("prompts", "tasks", "language")),
     ("framing --run {}/done", "--against: an equal run of train.py --crop square"),
     ("framing --run {}/done --against {}/done", "--run needs --crop none, and --against --crop"),
     ("worlds --run {}/own", "run learned from cats: worlds are for wall, room"),
     ("scaling --run {}/own", "run learned from cats: only digits, wall"),
-    ("scaling -- --data cats", "run learned from cats"),
 ])  # fmt: skip
 def test_a_mistake_of_measuring_is_one_line(measured, monkeypatch, capsys, line, says):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *line.replace("{}", str(measured)).split()])

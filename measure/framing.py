@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
         raise ValueError("--run needs --crop none, and --against --crop square")
     prompts.refuse_other_than(one, other, ("out", "crop", "stage", "compile"))
     about, digit = runs["whole frames"].world, one["digit"]
-    chosen = prompts.real_clips(about, args.clips, 0, args.seed)
+    chosen = prompts.real_clips(about, args.clips, 0)
     chosen = [x for x in chosen if len(set(x.clips[0].shape[2:])) == 2]  # no squares
     if not chosen:
         raise ValueError(f"{folder} learned from squares only: nothing can be cut off")
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     sets = {"real": real, "VAE": prompts.reconstruct(runs["whole frames"].vae, real)[0]}
     for name, run in runs.items():
         tasks = [prompting.new(run, clip.shape[1:], said) for clip, said in pairs]
-        sets[name] = prompts.make(run, tasks, args.seed, {})
+        sets[name] = prompting.finished(run, tasks, range(len(tasks)), expanded=True)
     figures = {name: score(clips, real, asked, digit) for name, clips in sets.items()}
     print(prompts.as_table(f"{len(real)} clips", figures))
     shown = np.linspace(0, len(real) - 1, 8).round().astype(int)

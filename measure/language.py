@@ -160,7 +160,7 @@ def measure_expander(language: Language, clips: list[data.Clip], config: data.Wo
     return figures
 
 
-def compare(recaptioned: Path, written: Path, ones: int, twos: int, seed: int) -> dict:
+def compare(recaptioned: Path, written: Path, ones: int, twos: int) -> dict:
     """The report's claim: how well clips follow the same short prompts, after equal trainings."""
     one, other = (prompting.load_run(folder) for folder in (written, recaptioned))
     if (one.config["captions"], other.config["captions"]) != ("written", "recaptioned"):
@@ -168,19 +168,19 @@ def compare(recaptioned: Path, written: Path, ones: int, twos: int, seed: int) -
     own = tuple(name for name in one.config if name[:5] == "text_")
     prompts.refuse_other_than(one.config, other.config, ("out", "captions", "stage", *own))
     kinds = {"written": (one, False), "re-captioned": (other, False), "expanded": (other, True)}
-    made = {name: prompts.measure(run, ones, twos, seed, {}, expanded)[0]["generated"]
+    made = {name: prompts.measure(run, ones, twos, {}, expanded)[0]["generated"]
             for name, (run, expanded) in kinds.items()}  # fmt: skip
     return {name: {score: row[score] for score in prompts.SCORES} for name, row in made.items()}
 
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, None]:
-    folder = Path(args.run or prompting.newest_run(name="text"))
+    folder = Path(args.run or prompting.newest_run())
     vae, writer = (load(folder, "cpu") for load in (prompting.load_vae, prompting.load_language))
-    world, i, figures = prompts.held_out(writer.world, seed=args.seed), np.arange(args.clips), {}
+    world, i, figures = prompts.held_out(writer.world), np.arange(args.clips), {}
     clips = world.clips(i[i % 10 < 3], image=True) + world.clips(i[i % 10 >= 3])  # as in training
     if args.against:
-        sizes = args.ones, args.twos, args.seed
-        figures["clips of prompts"] = compare(folder, Path(args.against), *sizes)
+        both = folder, Path(args.against)
+        figures["clips of prompts"] = compare(*both, args.ones, args.twos)
     for name, told in (("captioner", False), ("captioner, told", True)):
         figures[name] = measure_captioner(vae, writer, clips, told)
     figures["expander"] = measure_expander(writer, clips, world.config)

@@ -31,7 +31,7 @@ def held_out(about: dict, **changes) -> data.Digits:
     """The world of a run, with digits that it never saw."""
     if (kind := about["config"]["kind"]) != "digits":
         raise ValueError(f"this run learned from {kind}: only moving digits can be measured")
-    return data.unseen(about, **changes)
+    return data.unseen(about, seed=0, **changes)
 
 
 def refuse_other_than(one: dict, other: dict, names: tuple[str, ...]) -> None:
@@ -76,11 +76,11 @@ def choose(world: data.Digits, size: tuple, turns: list | range, fits=None, i=No
     return Chosen(world, {name: value[chosen] for name, value in raw.items()}, size)
 
 
-def real_clips(about: dict, ones: int, twos: int, seed: int) -> list[Chosen]:
+def real_clips(about: dict, ones: int, twos: int) -> list[Chosen]:
     """`ones` clips of one held-out digit and `twos` of two, in sizes that take turns."""
     some = []
     for count, two in ((ones, 0.0), (twos, 1.0)):
-        world = held_out(about, seed=seed, two_digits=two)
+        world = held_out(about, two_digits=two)
         durations = sorted({T for T in world.durations if T > 1}, reverse=True)
         if not durations:
             raise ValueError("the world of this run has no videos, and an image does not move")
@@ -117,13 +117,6 @@ def reconstruct(vae: VAE, clips: list[np.ndarray]) -> tuple[list[np.ndarray], st
     return made, f"{pixels / numbers:.1f}x compression, {psnr:.1f} dB (peak-to-peak 2)"
 
 
-def make(run: prompting.Run, tasks: list[prompting.Task], seed: int, how: dict,
-         expanded: bool = True) -> list[np.ndarray]:  # fmt: skip
-    """What tasks of one kind ask for, as sample.py makes it."""
-    seeds = range(1_000_000 * seed, 1_000_000 * seed + len(tasks))
-    return prompting.finished(run, tasks, seeds, how, expanded)
-
-
 # ------------------------------------------------------------------------------------- the figures
 
 
@@ -146,18 +139,18 @@ def average(scores: list[dict]) -> dict[str, float | None]:
 
 
 def measure(
-    run: prompting.Run, ones: int, twos: int, seed: int, how: dict, expanded: bool = True
+    run: prompting.Run, ones: int, twos: int, how: dict, expanded: bool = True
 ) -> tuple[dict, Image.Image]:
     """The share of right digits and directions, and sharpness compared with real clips, of each set
     of clips; and a picture of some: asked for, read, a bar where that is wrong."""
-    chosen = real_clips(run.world, ones, twos, seed)
+    chosen = real_clips(run.world, ones, twos)
     facts, pairs = (sum((getattr(x, name) for x in chosen), []) for name in ("facts", "pairs"))
     config, figures = data.WorldConfig(**run.world["config"]), {}
     network, asked = reader.load_classifier(config.digit), [fact["digits"] for fact in facts]
     sets = {"real": [clip for clip, _ in pairs]}
     sets["VAE"], quality = reconstruct(run.vae, sets["real"])
     tasks = [prompting.new(run, clip.shape[1:], prompt) for clip, prompt in pairs]
-    sets["generated"] = make(run, tasks, seed, how, expanded)
+    sets["generated"] = prompting.finished(run, tasks, range(len(tasks)), how, expanded)
     real = reader.sharpness(sets["real"])
     for name, clips in sets.items():
         seen = [reader.read(clip, len(digits), network, config.digit, max(config.speeds))
@@ -189,8 +182,13 @@ def as_table(title: str, rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def turned(rows: dict[str, dict]) -> dict[str, dict]:
+    """Rows of columns from columns of rows."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    return {name: {kind: row[name] for kind, row in rows.items() if name in row} for name in names}
+
+
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
     folder = Path(args.run or prompting.newest_run())
-    how = {"steps": args.steps, "guidance": args.guidance}
-    how, run = {k: x for k, x in how.items() if x is not None}, prompting.load_run(folder)
-    return folder, *measure(run, args.ones, args.twos, args.seed, how, not args.no_expand)
+    how = {"steps": args.steps} if args.steps else {}
+    return folder, *measure(prompting.load_run(folder), args.ones, args.twos, how)

@@ -1,23 +1,21 @@
 """Scaling: the same prompts, as the training compute grows (the report's base, 4x and more).
 
-The idea. Train one network three times, for 1, 4 and 16 times as many steps, each with its own
-learning rate schedule down to zero (a run that was stopped early would be worse than one that was
-planned to be short: Hoffmann et al. 2022). All learn from the same items. Then compare, by FLOPs of
-the training, the loss on held-back batches, with the same noise; whether clips show the digit and
-the direction of their prompts (prompts.py), or how well a simulated world goes on (worlds.py); and
-a picture of the same clips, made with the same noise.
+The idea. A finished run is compared with two that are trained here, for 1/16 and 1/4 of its steps,
+each with its own learning rate schedule down to zero (a run that was stopped early would be worse
+than one that was planned to be short: Hoffmann et al. 2022). All learn from the same items. By
+FLOPs of the training: the loss on held-back batches, with the same noise; whether clips show the
+digit and the direction of their prompts (prompts.py), or how well a simulated world goes on
+(worlds.py); and a picture of the same clips, made with the same noise.
 
-    python evaluate.py scaling                   # flags of train.py go behind `--`
-    python evaluate.py scaling --run out/tiny    # a finished run is the longest of the three
+    python evaluate.py scaling --run out/tiny
     python evaluate.py scaling --run out/game --out out/game_scaling
 
-With --run, only the two short ones are trained: 5/16 of that run's time. Stopped, all continue.
+It takes 5/16 of that run's time; stopped, the same command continues.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,52 +52,38 @@ def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple
     return total, flops
 
 
-def first_run(out: Path, args: argparse.Namespace) -> train.Config:
-    """A finished run, or one whose VAE, items and captions are made here: all three share them."""
-    if not args.run:
-        c = train.parse([*args.train, "--steps", str(args.steps or 2000), "--out", f"{out}/shared"])
-        check(c.kind)
-        for stage in ("vae", "text" if c.captions != "written" else "items"):
-            train.main(replace(c, stage=stage))
-        return c
-    if args.steps or args.train:
-        raise ValueError("--run is trained already: leave --steps and flags of train.py out")
-    saved = prompting.read_weights(prompting.find_weights(args.run, "dit"), "cpu")
-    c = replace(train.Config(**saved["config"]), out=args.run)
-    check(saved["world"]["config"]["kind"])
+def finished(folder: Path) -> train.Config:
+    """The flags of a training that is done, and can be measured."""
+    saved = prompting.read_weights(prompting.find_weights(folder, "dit"), "cpu")
+    c = replace(train.Config(**saved["config"]), out=str(folder))
+    if (kind := saved["world"]["config"]["kind"]) not in (kinds := ("digits", *worlds.WORLDS)):
+        raise ValueError(f"this run learned from {kind}: only {', '.join(kinds)} can be measured")
     if saved["step"] < c.steps:
-        raise ValueError(f"{args.run} has done {saved['step']} of {c.steps} steps: finish it first")
+        raise ValueError(f"{folder} has done {saved['step']} of {c.steps} steps: finish it first")
     return c
 
 
-def trained(out: Path, first: train.Config, finished: bool) -> Iterator[train.Config]:
-    """Train what is not there yet."""
-    for times in TIMES:
-        c = replace(first, stage="dit", steps=max(1, first.steps * times // TIMES[-1]), keep=0,
-                    out=str(out / f"{times}x"), sample_every=10**9)  # fmt: skip
-        if finished and times == TIMES[-1]:
-            c = first
-        else:
-            shutil.copytree(first.folder / "items", c.folder / "items", dirs_exist_ok=True)
-            for path in first.folder.iterdir():
-                if path.stem in ("vae", "text", "captions"):
-                    shutil.copy(path, c.folder)
-            train.main(c)
-        yield c
-
-
-def check(kind: str) -> None:
-    if kind not in (kinds := ("digits", *worlds.WORLDS)):
-        raise ValueError(f"this run learned from {kind}: only {', '.join(kinds)} can be measured")
+def shorter(whole: train.Config, times: int, out: Path) -> train.Config:
+    """An equal training of `times` / 16 of the steps, from the same items and captions: trained
+    here, if it is not there yet."""
+    c = replace(whole, stage="dit", steps=max(1, whole.steps * times // TIMES[-1]), keep=0,
+                out=str(out / f"{times}x"), sample_every=10**9)  # fmt: skip
+    shutil.copytree(whole.folder / "items", c.folder / "items", dirs_exist_ok=True)
+    for path in whole.folder.iterdir():
+        if path.stem in ("vae", "text", "captions"):
+            shutil.copy(path, c.folder)
+    train.main(c)
+    return c
 
 
 def measured(run: prompting.Run, n: int) -> tuple[dict, list, list[str]]:
     """Figures of n clips; and of some a column of what the model made, and titles. For simulated
     worlds, a column of the truth comes first."""
     if run.world["config"]["kind"] == "digits":
-        scores = prompts.measure(run, n, 0, 0, {})[0]["generated"]
+        scores = prompts.measure(run, n, 0, {})[0]["generated"]
         size = max(run.world["durations"]), *run.world["shapes"][0]
-        made = prompts.make(run, [prompting.new(run, size, x) for x in PROMPTS], 0, {})
+        tasks = [prompting.new(run, size, x) for x in PROMPTS]
+        made = prompting.finished(run, tasks, range(len(tasks)), expanded=True)
         return {name: scores[name] for name in ("digit", "direction")}, [made], PROMPTS
     figures, pairs = worlds.within(run, n, {"guidance": 1.0})
     truth, made = zip(*pairs[:6], strict=True)
@@ -108,7 +92,9 @@ def measured(run: prompting.Run, n: int) -> tuple[dict, list, list[str]]:
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image.Image]:
     out, figures, columns, heads = Path(args.out), [], [], []
-    for c in trained(out, first_run(out, args), bool(args.run)):
+    whole = finished(Path(args.run or prompting.newest_run()))
+    for times in TIMES:
+        c = whole if times == TIMES[-1] else shorter(whole, times, out)
         run = prompting.load_run(c.folder)
         loss, flops = held_back_loss(run, c)
         scores, clips, titles = measured(run, args.clips)

@@ -29,15 +29,7 @@ Alphabet: clips uint8 [C, T, H, W]; n clips of one task; track [n, T, 2] is (row
 """
 
 import argparse
-import io
-import multiprocessing
-import re
-import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,30 +38,13 @@ from PIL.Image import Image
 
 import data
 import prompting
-import sample
 from measure import reader
-from measure.prompts import Chosen, as_table, choose, held_out, make
+from measure.prompts import Chosen, as_table, choose, held_out, turned
 
-KNOWN, NEW = 9, 16  # frames, in what is to be extended
-MINUTE, SHORT = 600, 60  # frames
+KNOWN, NEW, OFF = 9, 16, (4, 8, 16)  # frames, in what is to be extended; after which it is measured
+MINUTE = 600  # frames
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
 FAR = 2  # steps on both sides of a seam in which no wall is met
-
-# What is to be reached, at 32 x 32 pixels. Pixels off: at most. All else: a share, at least.
-OFF = {4: 1.0, 8: 1.5, 16: 2.5}
-EXTENDED = {f"pixels off after {k} frames": off for k, off in OFF.items()}
-EXTENDED |= {"digit": 0.9, "seam": 0.9}
-BARS = {
-    "image to video": {"digit": 0.9, "direction": 0.9},
-    "extend forward": EXTENDED,
-    "extend backward": EXTENDED,
-    "loop": {"seam to the new": 0.9, "seam to the start": 0.9, "digit": 0.9,
-             "pixels off half way": 1.5},
-    "connect": {"seam to the new": 0.9, "seam from the new": 0.9, "digit before": 0.9,
-                "digit after": 0.9, "changes": 0.9, "pixels off half way": 1.5},
-    **{f"edit at {strength}": {"digit": 0.8, "path kept": 0.8} for strength in STRENGTHS},
-    "a minute": {f"{name}, last tenth / first": 0.9 for name in ("digit", "sharpness", "speed")},
-}  # fmt: skip
 
 # --------------------------------------------------------------------- real clips, and what is seen
 
@@ -129,25 +104,25 @@ def true_track(real: Chosen, known: slice) -> np.ndarray:
 
 
 class Row(NamedTuple):
-    """A task, n times, and what is right: figures, from what is seen."""
+    """A task, n times, and figures of what is seen in the clips that were made, or in real ones."""
 
     name: str
     tasks: list[prompting.Task]
     real: list[np.ndarray]
-    measures: dict[str, Callable[[Seen], float | np.ndarray]]
+    score: Callable[[Seen], dict[str, float | np.ndarray]]
 
 
 def image_to_video(run: prompting.Run, world: data.Digits, n: int) -> Row:
     T = max(world.durations)
     real = choose(world, (T, *world.shapes[0]), range(n))
-
-    def direction(seen):
-        ways = [prompt.split()[-1] for prompt in real.prompts]
-        return np.mean([reader.heading(x) == way for x, way in zip(seen.tracks, ways, strict=True)])
-
+    ways = np.array([prompt.split()[-1] for prompt in real.prompts])
     tasks = [prompting.animate(clip[:, :1], T, prompt) for clip, prompt in real.pairs]
-    digit = partial(Seen.digit, right=real.digits, looks=[1, T // 2, T - 1])
-    return Row("image to video", tasks, real.clips, {"digit": digit, "direction": direction})
+
+    def score(seen):
+        return {"digit": seen.digit(real.digits, [1, T // 2, T - 1]),
+                "direction": np.mean(ways == list(map(reader.heading, seen.tracks)))}  # fmt: skip
+
+    return Row("image to video", tasks, real.clips, score)
 
 
 def extend(run: prompting.Run, world: data.Digits, n: int, backward: bool = False) -> Row:
@@ -157,13 +132,14 @@ def extend(run: prompting.Run, world: data.Digits, n: int, backward: bool = Fals
         seam, known, new = NEW, slice(NEW, T), list(range(NEW))[::-1]
     real = choose(world, (T, *world.shapes[0]), range(n), lambda path: steady(path, seam))
     tasks = [prompting.extend(clip[:, known], NEW, prompt, backward) for clip, prompt in real.pairs]
-    truth, looks = true_track(real, known), [new[0], new[NEW // 2], new[-1]]
-    measures = {"digit": partial(Seen.digit, right=real.digits, looks=looks)}
-    measures["seam"] = partial(Seen.smooth, seam=seam)
-    for k in OFF:
-        off = partial(Seen.off, truth=truth, frame=new[k - 1])
-        measures[f"pixels off after {k} frames"] = off
-    return Row(f"extend {'backward' if backward else 'forward'}", tasks, real.clips, measures)
+    truth = true_track(real, known)
+
+    def score(seen):
+        figures = {"digit": seen.digit(real.digits, [new[0], new[NEW // 2], new[-1]]),
+                   "seam": seen.smooth(seam)}  # fmt: skip
+        return figures | {f"pixels off after {k} frames": seen.off(truth, new[k - 1]) for k in OFF}
+
+    return Row(f"extend {'backward' if backward else 'forward'}", tasks, real.clips, score)
 
 
 def loop(run: prompting.Run, world: data.Digits, n: int) -> Row:
@@ -178,13 +154,14 @@ def loop(run: prompting.Run, world: data.Digits, n: int) -> Row:
 
     real = choose(world, (period + 2 + FAR, *world.shapes[0]), range(n), fits)
     tasks = [prompting.loop(clip[:, :L], new, prompt) for clip, prompt in real.pairs]
-    truth, looks = true_track(real, slice(L)), [L, (L + period) // 2, period - 1]
-    return Row("loop", tasks, [clip[:, :period] for clip in real.clips], {
-        "seam to the new": partial(Seen.smooth, seam=L),
-        "seam to the start": partial(Seen.smooth, seam=period),
-        "digit": partial(Seen.digit, right=real.digits, looks=looks),
-        "pixels off half way": partial(Seen.off, truth=truth, frame=L + new // 2),
-    })  # fmt: skip
+    truth = true_track(real, slice(L))
+
+    def score(seen):
+        return {"seam to the new": seen.smooth(L), "seam to the start": seen.smooth(period),
+                "digit": seen.digit(real.digits, [L, (L + period) // 2, period - 1]),
+                "pixels off half way": seen.off(truth, L + new // 2)}  # fmt: skip
+
+    return Row("loop", tasks, [clip[:, :period] for clip in real.clips], score)
 
 
 def connect(run: prompting.Run, world: data.Digits, n: int) -> Row:
@@ -199,55 +176,47 @@ def connect(run: prompting.Run, world: data.Digits, n: int) -> Row:
         tasks.append(prompting.connect(a[:, :KNOWN], b[:, end:], new, prompt, then))
         real.append(np.concatenate([a[:, :half], b[:, half:]], axis=1))
 
-    def changes(seen):
-        before, after = seen.named([KNOWN, end - 1]).T  # [n] each
-        return ((before == one.digits) & (after == two.digits)).mean()
+    def score(seen):
+        right = seen.named([KNOWN, end - 1]) == np.stack([one.digits, two.digits], axis=1)  # [n, 2]
+        before, after = right.mean(0)
+        return {"seam to the new": seen.smooth(KNOWN), "seam from the new": seen.smooth(end),
+                "digit before": before, "digit after": after, "changes": right.all(1).mean(),
+                "pixels off half way": seen.off(reader.tracks_of(real), half)}  # fmt: skip
 
-    return Row("connect", tasks, real, {
-        "seam to the new": partial(Seen.smooth, seam=KNOWN),
-        "seam from the new": partial(Seen.smooth, seam=end),
-        "digit before": partial(Seen.digit, right=one.digits, looks=[KNOWN]),
-        "digit after": partial(Seen.digit, right=two.digits, looks=[end - 1]),
-        "changes": changes,
-        "pixels off half way": partial(Seen.off, truth=reader.tracks_of(real), frame=half),
-    })  # fmt: skip
+    return Row("connect", tasks, real, score)
 
 
 def edit(run: prompting.Run, world: data.Digits, n: int, strength: float) -> Row:
     T = max(world.durations)
     old = choose(world, (T, *world.shapes[0]), range(n))
     real, truth = other_digits(world, old), reader.tracks_of(old.clips)
-
-    def path_kept(seen):
-        away = seen.tracks[:, :T] - truth  # [n, T, 2]
-        stays = np.median(away, axis=1, keepdims=True).clip(-5, 5)
-        return (np.linalg.norm(away - stays, axis=2) <= 2).mean()
-
     pairs = zip(old.clips, real.prompts, strict=True)
     tasks = [prompting.edit(clip, strength, prompt) for clip, prompt in pairs]
-    digit = partial(Seen.digit, right=real.digits, looks=[0, T // 2, T - 1])
-    return Row(f"edit at {strength}", tasks, real.clips, {"digit": digit, "path kept": path_kept})
+
+    def score(seen):
+        away = seen.tracks[:, :T] - truth  # [n, T, 2]
+        stays = np.median(away, axis=1, keepdims=True).clip(-5, 5)
+        return {"digit": seen.digit(real.digits, [0, T // 2, T - 1]),
+                "path kept": (np.linalg.norm(away - stays, axis=2) <= 2).mean()}  # fmt: skip
+
+    return Row(f"edit at {strength}", tasks, real.clips, score)
 
 
 def minute(run: prompting.Run, world: data.Digits, n: int) -> Row:
+    """Each figure ten times, one for each tenth."""
     size, tenth = (MINUTE, *world.shapes[0]), MINUTE // 10
     real, starts = choose(world, size, range(n)), range(0, MINUTE, tenth)
-
-    def digit(seen):
-        right = seen.named(list(range(5, MINUTE, 10))) == real.digits[:, None]  # [n, MINUTE / 10]
-        return right.mean(0).reshape(10, -1).mean(1)
-
-    def sharpness(seen):
-        tenths = [[clip[:, k : k + tenth] for clip in seen.clips] for k in starts]
-        return np.array(list(map(reader.sharpness, tenths)))
-
-    def speed(seen):
-        steps = np.linalg.norm(np.diff(seen.tracks[:, :MINUTE], axis=1), axis=2)  # [n, T - 1]
-        return np.array([steps[:, k : k + tenth - 1].mean() for k in starts])
-
     tasks = [prompting.new(run, size, prompt) for prompt in real.prompts]
-    measures = {f"{f.__name__} in tenths": f for f in (digit, sharpness, speed)}
-    return Row("a minute", tasks, real.clips, measures)
+
+    def score(seen):
+        right = seen.named(list(range(5, MINUTE, 10))) == real.digits[:, None]  # [n, MINUTE / 10]
+        steps = np.linalg.norm(np.diff(seen.tracks[:, :MINUTE], axis=1), axis=2)  # [n, T - 1]
+        sharp = [reader.sharpness([clip[:, k : k + tenth] for clip in seen.clips]) for k in starts]
+        speed = [steps[:, k : k + tenth - 1].mean() for k in starts]
+        tenths = {"digit": right.mean(0).reshape(10, -1).mean(1), "sharpness": sharp}
+        return {f"{name} in tenths": np.array(x) for name, x in (tenths | {"speed": speed}).items()}
+
+    return Row("a minute", tasks, real.clips, score)
 
 
 # ---------------------------------------------------------------------------------- measuring them
@@ -266,71 +235,45 @@ def still(task: prompting.Task, made: np.ndarray, window: int) -> np.ndarray:
     return ((1 - share) * clip[:, before] + share * clip[:, after]).round().astype(np.uint8)
 
 
-def measure(run: prompting.Run, n: int, minutes: int, seed: int, how: dict) -> tuple[dict, Image]:
+def measure(run: prompting.Run, n: int, minutes: int, how: dict) -> tuple[dict, Image]:
     """All figures, by task, kind of clip and measure; and a picture of two clips of each task."""
-    world, figures, shown = held_out(run.world, seed=seed, two_digits=0.0), {}, []
+    world, figures, shown = held_out(run.world, two_digits=0.0), {}, []
     rows = [image_to_video(run, world, n), extend(run, world, n), extend(run, world, n, True),
             loop(run, world, n), connect(run, world, n)]  # fmt: skip
     rows += [edit(run, world, n, strength) for strength in STRENGTHS]
     for row in [*rows, minute(run, world, minutes)]:
-        made, window = make(run, row.tasks, seed, how), max(world.durations)
-        base = [still(task, clip, window) for task, clip in zip(row.tasks, made, strict=True)]
+        made = prompting.finished(run, row.tasks, range(len(row.tasks)), how, expanded=True)
+        base = [still(*pair, max(world.durations)) for pair in zip(row.tasks, made, strict=True)]
         figures[row.name] = kinds = {}
         for kind, clips in (("real", row.real), ("baseline", base), ("made", made)):
-            seen, kinds[kind] = Seen(clips, world.config.digit), {}
-            for name, f in row.measures.items():
-                x = np.asarray(f(seen))
-                kinds[kind][name] = x.tolist()
-                if x.ndim:
+            kinds[kind] = {}
+            for name, x in row.score(Seen(clips, world.config.digit)).items():
+                kinds[kind][name] = np.asarray(x).tolist()
+                if np.ndim(x):
                     end = name.replace(" in tenths", ", last tenth / first")
-                    kinds[kind][end] = x[-1] / max(x[0], 1e-6)
+                    kinds[kind][end] = float(x[-1] / max(x[0], 1e-6))
             known = row.tasks[0].known[: clips[0].shape[1]]
             shown += [(clip, f"{row.name}: {kind}", known) for clip in clips[:2]]
     clips, titles, marks = zip(*shown, strict=True)
     return figures, data.sheet(clips, titles, scale=2, most=26, marks=marks)
 
 
-def cost_of(folder: Path, steps: int) -> dict[str, float]:
-    """Memory and time of a minute, made as a user would, and compared with those of a tenth of it.
-    In a process of its own, since what it ever took is what it took for this."""
-    spent = []
-    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
-        for frames in (SHORT, MINUTE):
-            start = time.perf_counter()
-            words = f"--out {scratch}/clip.mp4 --frames {frames} --steps {steps} --prompt".split()
-            if sample.command([*words, "a 7 moving left", "--run", str(folder)]):
-                raise ValueError(f"a clip of {frames} frames could not be made")
-            peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-            spent.append({"MB": int(peak) / 1024, "s": time.perf_counter() - start})
-    short, long = spent
-    return long | {f"{name}, of a tenth": long[name] / short[name] for name in long}
-
-
 def table(figures: dict) -> str:
-    """A line for each measure of each task: real clips, the baseline, the model, and the bar."""
-    lines = {}
-    for task, bars in BARS.items():
-        for name, bar in bars.items():
-            real, base, made = (figures[task][kind][name] for kind in ("real", "baseline", "made"))
-            pixels = name.startswith("pixels")
-            good = made <= bar if pixels else made >= bar
-            cells = {"real": real, "baseline": base, "model": made, "to reach": bar}
-            cells = {k: f"{x:.1f}" if pixels else f"{x:.0%}" for k, x in cells.items()}
-            lines[f"{task}: {name}"] = cells | {"": "" if good else "not yet"}
-    minute, said = figures["a minute"], [as_table("", lines)]
-    tenths = {k: x for k, x in minute["made"].items() if k.endswith("in tenths")}
-    said += [f"a minute, {k}: " + " ".join(f"{y:.2f}" for y in x) for k, x in tenths.items()]
-    said += [f"a minute, {k}: {x:.2f}" for k, x in minute.get("cost", {}).items()]
-    return "\n".join(said)
+    """A line for each measure of each task: real clips, the baseline, and what the model made."""
+    lines, tenths = {}, []
+    for task, kinds in figures.items():
+        for name, row in turned(kinds).items():
+            if name.endswith("in tenths"):
+                tenths.append(f"{task}, {name}: " + " ".join(f"{x:.2f}" for x in row["made"]))
+            else:
+                form = ".1f" if "pixels" in name else ".0%"
+                lines[f"{task}: {name}"] = {kind: format(x, form) for kind, x in row.items()}
+    return "\n".join([as_table("", lines), *tenths])
 
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     folder = Path(args.run or prompting.newest_run())
     how = {"steps": args.steps} if args.steps else {}
-    figures, page = measure(prompting.load_run(folder), args.clips, args.minutes, args.seed, how)
-    if Path("/proc/self/status").exists():  # Linux
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            steps = args.steps or prompting.Settings().steps
-            figures["a minute"]["cost"] = pool.submit(cost_of, folder, steps).result()
+    figures, page = measure(prompting.load_run(folder), args.clips, args.minutes, how)
     print(table(figures))
     return folder, figures, page

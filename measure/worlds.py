@@ -36,7 +36,7 @@ from PIL.Image import Image
 import data
 import prompting
 from data import Clip, World
-from measure.prompts import as_table, reconstruct
+from measure.prompts import as_table, reconstruct, turned
 from measure.reader import classify, load_classifier, to_ink, window
 from worlds.game import BALL, FLOOR, PADDLE, PALETTE, PLAYER, cells_of
 from worlds.wall import hidden_runs
@@ -75,14 +75,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
-def facts_of(clips: list[Clip], name: str) -> np.ndarray:
-    return np.stack([clip.facts[name] for clip in clips])  # [n, T, ...]
-
-
-def read(world: World, made: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays [n, T, ...]."""
-    each = [world.read(clip) for clip in made]
-    return {name: np.stack([one[name] for one in each]) for name in each[0]}
+def states(world: World, clips: list[Clip], made: list[np.ndarray]) -> tuple[dict, dict]:
+    """What is true, and what is read in the pixels: arrays [n, T, ...] by name."""
+    read, facts = [world.read(clip) for clip in made], [clip.facts for clip in clips]
+    return tuple({name: np.stack([one[name] for one in each]) for name in read[0]}
+                 for each in (facts, read))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- game
@@ -95,8 +92,7 @@ def games(world: World, n: int, frames: int = 64) -> list[Clip]:
 
 
 def score_game(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
-    seen, k, T = read(world, made), clips[0].facts["known"], made[0].shape[1]
-    true = {name: facts_of(clips, name) for name in seen}
+    (true, seen), k, T = states(world, clips, made), clips[0].facts["known"], made[0].shape[1]
     off = 2 * np.abs(seen["ball"] - true["ball"]).max(2)  # [n, T], in pixels of 2 a cell
     paddle = seen["paddle"] == true["paddle"]  # [n, T]
     bricks = seen["bricks"] == true["bricks"]  # [n, T, rows, columns]
@@ -159,13 +155,7 @@ def more_of_games(run: prompting.Run, world: World, n: int, how: dict) -> Iterat
     long = games(world, max(4, n // 4), LONG)
     yield f"game, {LONG} frames", {"model": score_game(world, long, go_on(run, long, how))}
     ends = ((f"{ENDLESS} frames", ENDLESS, False), (f"{STILL}, still", STILL, True))
-    rows = {name: endless(run, world, *way, how) for name, *way in ends}
-    yield "game, for ever", rows
-    yield from each_action(run, world, n, how)
-
-
-def each_action(run: prompting.Run, world: World, n: int, how: dict) -> Iterator:
-    yield "one state under each action", {"model": choices(run, world, n, how)}
+    yield "game, for ever", {name: endless(run, world, *way, how) for name, *way in ends}
 
 
 # ------------------------------------------------------------------------------------------- room
@@ -180,11 +170,12 @@ def around(world: World, n: int, moves: list[tuple[str, int]]) -> list[Clip]:
 
 def walks(world: World, n: int) -> list[Clip]:
     """In each of n rooms: away and back, once around, as far away as that, and a free walk."""
-    half, turn, back = 8, "turn right", "turn left"
-    kinds = (start_known(around(world, n, [(turn, half), (back, half)]), 1 + half, kind="revisit"),
-             start_known(around(world, n, [(turn, 16), (turn, 15)]), 17, kind="around"),
-             start_known(around(world, n, [(turn, half), (turn, half)]), 1 + half, kind="not seen"),
-             start_known(world.clips(np.arange(n), frames=16 + 48), 16, kind="walk"))  # fmt: skip
+    turn, back = "turn right", "turn left"
+    kinds = (start_known(around(world, n, [(turn, 8), (back, 8)]), 9, new={"revisit": 8}),
+             start_known(around(world, n, [(turn, 16), (turn, 15)]), 17, new={"around": 15}),
+             start_known(around(world, n, [(turn, 8), (turn, 8)]), 9, new={"not seen": 8}),
+             start_known(world.clips(np.arange(n), frames=16 + 48), 16,
+                         new={"walk 16": 16, "walk 48": 48}))  # fmt: skip
     return [clip for room in zip(*kinds, strict=True) for clip in room]
 
 
@@ -192,11 +183,10 @@ def score_room(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figur
     """PSNR to the truth of the frames that were not known."""
     each = {}
     for x, clip in zip(clips, made, strict=True):
-        k, kind = x.facts["known"], x.facts["kind"]
-        for of in (16, 48) if kind == "walk" else (None,):
-            name = f"{kind} {of}, dB" if of else f"{kind}, dB"
-            frames = slice(k, of and k + of)
-            each.setdefault(name, []).append(psnr(x.pixels[:, frames], clip[:, frames]))
+        k = x.facts["known"]
+        for name, new in x.facts["new"].items():
+            a, b = x.pixels[:, k : k + new], clip[:, k : k + new]
+            each.setdefault(f"{name}, dB", []).append(psnr(a, b))
     return {name: float(np.mean(x)) for name, x in each.items()}
 
 
@@ -217,8 +207,7 @@ def paintings(world: World, n: int) -> list[Clip]:
 
 
 def score_paint(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
-    seen, k, T = read(world, made), clips[0].facts["known"], made[0].shape[1]
-    true = {name: facts_of(clips, name) for name in seen}
+    (true, seen), k, T = states(world, clips, made), clips[0].facts["known"], made[0].shape[1]
     brush = np.abs(seen["brush"] - true["brush"]).max(2) == 0  # [n, T]
     figures = {"brush": float(brush[:, k:].mean())}
     for later in (x for x in (32, 64, 100) if k + x <= T):
@@ -256,16 +245,14 @@ def hiding(world: World, n: int, name: int, hidden: range, T: int = 33, k: int =
     while len(clips) < n and first < 400 * n:
         for i, clip in enumerate(world.told(np.arange(first, first + 500), frames=100), first):
             cover = clip.facts["digits"][0]["covered"]
+            clear = np.flatnonzero(cover == 0)
             for a, b in hidden_runs(cover == 1):
-                clear = np.flatnonzero(cover[:a] == 0)
-                after = np.flatnonzero(cover[b:] == 0)
-                if b - a not in hidden or not len(clear) or not len(after):
+                if b - a not in hidden or not (clear < a).any() or not (clear >= b).any():
                     continue
-                last, whole = int(clear[-1]), b + int(after[0])
+                last, whole = int(clear[clear < a][-1]), int(clear[clear >= b][0])
                 later = max(0, min(last - 2, whole - T + 1), last - k + 1)
-                if later > last - 2 or (cover[later : last + 1] > 0).any():
-                    continue
-                if a - later < k or whole - later >= T:
+                in_view = later <= last - 2 and not cover[later : last + 1].any()
+                if not in_view or a - later < k or whole - later >= T:
                     continue
                 (one,) = world.clips([i], later=later, frames=T)
                 one.facts |= {"hides": a - later, "shows": b - later, "whole": whole - later}
@@ -314,7 +301,7 @@ def come_out(world: World, clip: Clip, made: np.ndarray, network) -> tuple | Non
 WORLDS = {
     "wall": (hidings, score_wall, None, "thicker walls, or three"),
     "room": (walks, score_room, more_of_rooms, "more pillars"),
-    "paint": (paintings, score_paint, each_action, "fuller papers"),
+    "paint": (paintings, score_paint, None, "fuller papers"),
     "game": (games, score_game, more_of_games, "other layouts, and a faster ball"),
 }
 
@@ -349,6 +336,8 @@ def tables(run: prompting.Run, n: int, how: dict, pairs: list) -> Iterator[tuple
     sets["beyond"] = score(beyond, odd, go_on(run, odd, how))
     yield f"{kind} (beyond: {other})", sets
     yield from more(run, world, n, how) if more else ()
+    if world.actions:
+        yield "one state under each action", {"model": choices(run, world, n, how)}
 
 
 def picture(pairs: list[tuple[Clip, np.ndarray]]) -> Image:
@@ -366,9 +355,3 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
         print(as_table(title, turned(sets)) + "\n", flush=True)
         figures[title] = sets
     return folder, figures, picture(pairs)
-
-
-def turned(sets: dict[str, Figures]) -> dict[str, dict]:
-    """Rows of columns."""
-    names = dict.fromkeys(name for x in sets.values() for name in x)
-    return {name: {column: x[name] for column, x in sets.items() if name in x} for name in names}
