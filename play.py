@@ -38,7 +38,7 @@ import numpy as np
 import data
 import prompting
 from data import HERE, sheet
-from prompting import Run, extend, new, settings, trained_window
+from prompting import Run, extend, new, settings
 from sample import Parser
 from worlds.media import write_gif
 
@@ -59,7 +59,7 @@ class Game:
         if not self.world.actions:
             self.prompt = prompt or self.world.prompts(number + 1)[-1][0]
             return self.begin(np.zeros((run.vae.config.colors, 0, *self.size), np.uint8), [])
-        (clip,) = self.world.clips([number], frames=trained_window(run))
+        (clip,) = self.world.clips([number], frames=run.window)
         self.prompt = prompt or clip.caption
         self.state = {name: value[-1:] for name, value in clip.facts.items()}
         self.real = deque(zip(clip.pixels.swapaxes(0, 1), clip.actions, strict=True),
@@ -84,7 +84,7 @@ class Game:
             self.prompt = prompting.expand(run, [short], [self.number])[0].prompt
             task = new(run, (FOREVER, *self.size), self.prompt)
         self.how = getattr(self, "how", settings(run, task))
-        self.how.past = trained_window(run) - 1 if self.world.actions else None  # a frame an action
+        self.how.past = run.window - 1 if self.world.actions else None  # a frame an action
         chunks = prompting.complete(run, [task], [self.number], self.how)
         self.made = islice((x for chunk in chunks for x in chunk[0].swapaxes(0, 1)), k, None)
 

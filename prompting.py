@@ -62,6 +62,9 @@ class Run:
 
     def __post_init__(self):
         self.ft, self.device = self.vae.config.time_factor, self.vae.mean.device
+        # Latents of the longest clip in training, and how many of them a window takes over.
+        self.window = max(2, 1 + (max(self.world["durations"]) - 1) // self.ft)
+        self.past = int(self.window * self.world["past"])
         self.lasting = data.world_class(self.world["config"]["kind"]).lasting
 
 
@@ -71,11 +74,11 @@ def find_weights(folder: str | Path, name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def newest_run(root: str | Path = "out", name: str = "dit") -> Path:
-    """The folder below `root` whose DiT was saved last."""
-    paths = [find_weights(folder, name) for folder in Path(root).glob("*")]
+def newest_run() -> Path:
+    """The folder below out/ whose DiT was saved last."""
+    paths = [find_weights(folder, "dit") for folder in Path("out").glob("*")]
     if not (found := [path for path in paths if path.is_file()]):
-        raise FileNotFoundError(f"no trained run below {root}/: train.py --preset tiny makes one")
+        raise FileNotFoundError("no trained run below out/: train.py --preset tiny makes one")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -231,17 +234,13 @@ class Window:
     """Frames of a task that are denoised together."""
 
     first: int  # its first frame in the task; frames before 0 only fill a latent
-    known: np.ndarray  # bool [n]: which of the frames in its latents are known by then
+    end: int  # its last frame + 1; frames after the clip only fill a latent, too
     made: tuple[int, int]  # the frames of the task that it makes: from, to
     past: int = 0  # how many latents it takes over from the window before it
     start: int = 0  # the time of its first latent: 0 only for the start of a clip, as in training
     part: int = 0  # added to the seed; a window with a past continues the random numbers before it
+    known: np.ndarray | None = None  # bool [end - first]: which of its frames are known by then
     turn: tuple[int, int] = (0, 1)  # the frames between which prompt turns into prompt_end
-
-
-def trained_window(run: Run) -> int:
-    """How many latent frames the longest clip in training had."""
-    return max(2, 1 + (max(run.world["durations"]) - 1) // run.ft)
 
 
 def context(run: Run, L: int, most: int) -> int:
@@ -251,93 +250,82 @@ def context(run: Run, L: int, most: int) -> int:
     return L if L <= run.ft else 1 + run.ft * max(0, min((L - 1) // run.ft, most))
 
 
-def taken_over(run: Run) -> int:
-    """How many latents a window takes over from the one before it."""
-    return int(trained_window(run) * run.world["past"])
-
-
 def prefix(run: Run, L: int, past: int) -> int:
     """How many of L known frames are shown, where later windows take over `past` latents."""
-    return context(run, L, max(trained_window(run) - 3, past - 1))
+    return context(run, L, max(run.window - 3, past - 1))
 
 
 def room(run: Run, L: int, kind: str) -> int:
     """How many new frames fit into one window. kind: "new", or what is done with L known frames:
     "extend", "backward", "loop" or "connect"."""
-    most = trained_window(run)
+    most = run.window
     if kind in ("loop", "connect"):  # one less than fills latents, see `toward`
         return max(1, run.ft * max(1, most - most // 2 - 1) - 1)
-    shown = {"new": 0, "extend": prefix(run, L, taken_over(run)),
-             "backward": context(run, L, most // 2)}  # fmt: skip
+    shown = {"new": 0, "extend": prefix(run, L, run.past), "backward": context(run, L, most // 2)}
     return max(run.ft, 1 + run.ft * (most - 1) - shown[kind])
 
 
-def onward(run: Run, lo: int, hi: int, part: int, over: int) -> list[Window]:
+def onward(run: Run, lo: int, hi: int, over: int) -> Iterator[Window]:
     """Frames lo to hi, after known ones: each window continues the one before it, and takes `over`
     latents from it."""
-    ft, most, plan, done = run.ft, trained_window(run), [], 0  # done: latents
-    shown = prefix(run, lo, over)
-    first, total = lo - shown, 1 + -(-(shown + hi - lo - 1) // ft)
-    while done < total:
+    first, done = lo - prefix(run, lo, over), 0
+    begins = [first, *range(first + 1, hi + run.ft, run.ft)]  # each latent; the last one's end
+    while done < len(begins) - 1:
         past = over if done else 0
-        t = min(most, total - done + past)
-        at = first + 1 + ft * (done - past - 1) if past else first
-        known = np.arange(ft * t if past else 1 + ft * (t - 1)) < (ft * past if past else shown)
-        made = at + int(known.sum()), min(hi, at + len(known))
-        plan.append(Window(at, known, made, past, int(at > 0), part))
-        done += t - past
-    return plan
+        to, at = min(len(begins) - 1, done - past + run.window), begins[done - past]
+        made = max(lo, begins[done]), min(hi, begins[to])
+        yield Window(at, begins[to], made, past, int(at > 0))
+        done = to
 
 
-def toward(run: Run, lo: int, hi: int, L: int, part: int) -> list[Window]:
+def toward(run: Run, lo: int, hi: int, L: int) -> Iterator[Window]:
     """Frames lo to hi, before L known ones, window by window into the past.
 
     Each window encodes the pixels of known frames again: their latents would depend on what comes
     before. One known frame lies in a latent that is made, since the VAE decodes a latent's frames
     from the past alone. If frames before `lo` are known, too, and one window is too short, both
     ends are extended first, by half of the rest each, and one more window connects them."""
-    ft, most = run.ft, trained_window(run)
+    ft, part = run.ft, (lo > 0) * 2**48
     spare = max(0, hi - lo - room(run, L, "connect"))
     a, b = (lo + spare - spare // 2, hi - spare // 2) if lo else (0, 0)
-    before = onward(run, lo, a, part, taken_over(run)) if a > lo else []
-    plan, back = before, part + (lo > 0) * 2**48
+    yield from onward(run, lo, a, run.past) if a > lo else ()
     while hi > b:
-        shown, at = context(run, L, most // 2), max(b, hi - room(run, L, "backward"))
-        more = -(hi - at + shown - 1) % ft  # so that the known frames end a latent
-        known = np.arange(at - more, hi + shown) >= hi
-        plan.append(Window(at - more, known, (at, hi), 0, int(at > 0), back))
-        L, hi, back = L + hi - at, at, back + 2**32
+        shown, at = context(run, L, run.window // 2), max(b, hi - room(run, L, "backward"))
+        first = at - -(hi - at + shown - 1) % ft  # so that the known frames end a latent
+        yield Window(first, hi + shown, (at, hi), 0, int(at > 0), part)
+        L, hi, part = L + hi - at, at, part + 2**32
     if b > a:
-        shown = context(run, a, most // 2 - 1)
+        first = a - context(run, a, run.window // 2 - 1)
         # The known frames end a latent, and fill at least one, if there are enough.
-        odd = (1 - shown - (b - a)) % ft
-        after = next((n for n in (ft + odd, odd) if 0 < n <= L), min(ft, L))
-        frame = np.arange(a - shown, b + after + -(shown + b - a + after - 1) % ft)
-        known = (frame < a) | (frame >= b) & (frame < b + after)
-        plan.append(Window(a - shown, known, (a, b), 0, 1, part + 2**32))
-    return plan
+        odd = (1 + first - b) % ft
+        end = b + next((n for n in (ft + odd, odd) if 0 < n <= L), L)
+        yield Window(first, end + (1 + first - end) % ft, (a, b), 0, 1, 2**32)
 
 
 def windows(task: Task, run: Run, past: int | None = None) -> list[Window]:
     """The windows of a task in order: gap by gap, or a single one if several gaps fit into it.
     past: see Settings. ValueError says which sizes are possible."""
-    past = taken_over(run) if past is None else past
     T, H, W = task.clip.shape[1:]
-    sides = run.vae.config.space_factor * run.config["patch"]
+    sides, ft, plan = run.vae.config.space_factor * run.config["patch"], run.ft, []
     if H % sides or W % sides or not H * W:
         near = " x ".join(str(max(1, round(side / sides)) * sides) for side in (H, W))
         raise ValueError(f"{H} x {W} pixels: sides must be multiples of {sides}, such as {near}")
-    edges, plan = np.flatnonzero(np.diff(np.pad(~task.known, 1).astype(int))).tolist(), []
-    if len(edges) > 2 and T <= 1 + run.ft * (trained_window(run) - 1):
-        known, made = np.pad(task.known, (0, -(T - 1) % run.ft)), (edges[0], edges[-1])
-        plan, edges = [Window(0, known, made, 0, int(known[0] and known[T - 1]), 0, made)], []
+    there = task.known.copy()
+    edges = np.flatnonzero(np.diff(np.pad(~there, 1).astype(int))).tolist()
+    one = len(edges) > 2 and T <= 1 + ft * (run.window - 1)
+    edges = [edges[0], edges[-1]] if one else edges
     for k in range(0, len(edges), 2):
-        (lo, hi), part = edges[k : k + 2], k * 2**50
-        L = [*edges, T][k + 2] - hi  # known frames that follow
-        some = toward(run, lo, hi, L, part) if L else onward(run, lo, hi, part, past)
-        plan += [replace(window, turn=(lo, hi)) for window in some]
-    count = max((-(-len(window.known) // run.ft) for window in plan), default=0)
-    if (count := count * H * W // sides**2) > MOST_TOKENS:
+        lo, hi, to = [*edges, T][k : k + 3]  # then frames are known up to `to`
+        some = toward(run, lo, hi, to - hi) if to > hi else onward(run, lo, hi, past or run.past)
+        if one:
+            end, start = T + (1 - T) % ft, int(there[0] and there[-1])
+            some = [Window(0, end, (lo, hi), start=start)]
+        for x in some:
+            known = np.pad(there, ft)[ft + x.first : ft + x.end]
+            plan.append(replace(x, known=known, turn=(lo, hi), part=x.part + k * 2**50))
+            there[slice(*x.made)] = True
+    count = max((-(-len(x.known) // ft) for x in plan), default=0) * H * W // sides**2
+    if count > MOST_TOKENS:
         raise ValueError(f"too large: {count} patches at once, of at most {MOST_TOKENS}")
     return plan
 
@@ -382,13 +370,11 @@ class Batch:
     how: Settings
     video: np.ndarray  # uint8 [N, C, K, H, W], up to the last known frame
 
-    def actions(self, window: Window) -> list[Tensor] | None:
-        """Those of a window, [t, ft] for each clip; None if the network knows no actions."""
-        if not self.run.dit.config.actions:
-            return None
-        ft, at = self.run.ft, self.run.ft + window.first
+    def actions(self, window: Window) -> list[Tensor]:
+        """Those of a window, [t, ft] for each clip."""
+        ft = self.run.ft
         done = [np.zeros(len(x.known), int) if x.actions is None else x.actions for x in self.tasks]
-        done = [np.pad(x, ft)[at : at + len(window.known)] for x in done]
+        done = [np.pad(x, ft)[ft + window.first : ft + window.end] for x in done]
         return [patches.latent_actions(x, ft) for x in done]
 
     def packed(self, texts: list[list[int]], actions, given: Tensor, start: int) -> Callable:
@@ -428,7 +414,7 @@ class Batch:
             def denoise(x: Tensor, level: Tensor) -> Tensor:
                 return torch.lerp(begin(x, level), end(x, level), share.expand_as(x))
 
-        idle = None if actions is None else [torch.zeros_like(done) for done in actions]
+        idle = [torch.zeros_like(done) for done in actions]
         nothing = self.packed([[NOTHING]] * len(first), idle, given, window.start)
         guidance = min(self.how.guidance, LATER) if later else self.how.guidance
         return diffusion.guided(denoise, nothing, guidance)
@@ -447,7 +433,7 @@ class Batch:
         given = x.new_zeros(len(x), vae.channels + run.ft, t, h, w)
         level, fixed = x.new_full((t,), self.tasks[0].strength), torch.arange(t).to(x) < k
         area = max(H * W for H, W in run.world["shapes"]) // vae.space_factor**2
-        ratio = max(1.0, t * h * w / (trained_window(run) * area)) * run.config["shift"]
+        ratio = max(1.0, t * h * w / (run.window * area)) * run.config["shift"]
         if source is not None:  # the level from which the last `strength` of all steps fall
             level = diffusion.shift_level(level, ratio)
             x = diffusion.add_noise(source, eps, level[:, None, None])

@@ -1073,7 +1073,7 @@ def test_every_frame_is_made_once(tmp_path, ft, longest):
             for window in prompting.windows(task, run):
                 frames, (lo, hi) = window.first + np.arange(len(window.known)), window.made
                 assert (len(frames) - (not window.past)) % ft == 0  # they fill latents
-                assert len(frames) <= ft * max(4, prompting.trained_window(run))
+                assert len(frames) <= ft * max(4, run.window)
                 assert frames[window.past * ft] <= lo < hi <= frames[-1] + 1
                 assert there[frames[window.known]].all() and not there[lo:hi].any()
                 there[lo:hi] = True
