@@ -96,15 +96,18 @@ class World:
 
     def sizes(self, i, image: bool = False) -> np.ndarray:
         """(T, H, W) of clips, without making them: [n, 3]."""
+        u, shapes = hashed_uniform(self.config.seed, i, 2), self.shapes + self.image_shapes * image
+        T, shapes = np.array((1,) if image else self.durations), np.array(shapes)
+        T, shapes = (x[(k * len(x)).astype(int)] for x, k in zip((T, shapes), u.T, strict=True))
+        return np.column_stack([T, shapes])  # [n, 3]
+
+    def clips(self, i, image=False, later=0, frames=None, pixels=True) -> list[Clip | None]:
+        """later (int or [n]): from that frame on; frames: how many. What cannot be read is None."""
         raise NotImplementedError
 
-    def told(self, i, image: bool = False, later=0, frames: int | None = None) -> list[Clip]:
-        """Clips without their pixels. later (int or [n]): from that frame on; frames: how many."""
-        raise NotImplementedError
-
-    def clips(self, i, image=False, later=0, frames: int | None = None) -> list[Clip | None]:
-        """The same with pixels. What cannot be read is None."""
-        raise NotImplementedError
+    def told(self, *args, **more) -> list[Clip]:
+        """The same clips without their pixels."""
+        return self.clips(*args, **more, pixels=False)
 
     def frames(self, i) -> np.ndarray:
         """How many frames there are from the start of each clip on: [n]."""
@@ -139,10 +142,8 @@ class World:
 
     def about(self) -> dict:
         """What a trained network has to know of its world, as plain values."""
-        about = {"config": asdict(self.config), "colors": self.colors, "fps": self.fps}
-        about |= {"actions": self.actions, "briefs": self.briefs, "durations": self.durations}
-        about |= {"shapes": self.shapes, "image_shapes": self.image_shapes}
-        return about | {"sampling": self.sampling, "past": self.past}
+        names = "colors fps actions briefs durations shapes image_shapes sampling past".split()
+        return {"config": asdict(self.config)} | {name: getattr(self, name) for name in names}
 
     def stamp(self) -> str:
         """Another one where any clip may be another."""
@@ -160,6 +161,8 @@ def world_class(kind: str) -> type[World]:
 
 class Square:
     """A world through a square in the middle of its frames, as most data sets are cut."""
+
+    about = World.about  # of its own shapes
 
     def __init__(self, world: World):
         self.world = world
@@ -192,9 +195,6 @@ class Square:
     def prompts(self, n: int) -> list[tuple[str, tuple[int, int, int]]]:
         some = self.world.prompts(n)
         return [(said, (T, min(shape), min(shape))) for said, (T, *shape) in some]
-
-    def about(self) -> dict:
-        return self.world.about() | {"shapes": self.shapes, "image_shapes": self.image_shapes}
 
 
 def open_world(config: WorldConfig) -> World:
@@ -269,24 +269,15 @@ class Digits(World):
         images, self.classes = load_digits(config.held_out)
         self.sprites = make_sprites(images, config.digit)
 
-    def sizes(self, i, image: bool = False) -> np.ndarray:
-        u, c = hashed_uniform(self.config.seed, i, 2), self.config
-        shapes = np.array(c.shapes + c.image_shapes * image)
-        T = np.array((1,) if image else c.durations)
-        T, shapes = (x[(k * len(x)).astype(int)] for x, k in zip((T, shapes), u.T, strict=True))
-        return np.column_stack([T, shapes])  # [n, 3]
-
     def labelled(self, i) -> np.ndarray:
         return hashed_uniform(self.config.seed + 2**32, i, 1)[:, 0] < self.config.labelled
 
-    def told(self, i, image: bool = False, later=0, frames: int | None = None) -> list[Clip]:
-        return self.clips(i, image, later, frames, pixels=False)
-
-    def clips(self, i, image=False, later=0, frames=None, pixels: bool = True) -> list[Clip]:
+    def clips(self, i, image=False, later=0, frames=None, pixels=True) -> list[Clip]:
         i, sizes = np.asarray(i), self.sizes(i, image)
         sizes[:, 0] = frames or sizes[:, 0]
         later = np.broadcast_to(later, len(i))
-        raw = self.later(self.draw(i, sizes), sizes, later)
+        raw = self.draw(i, sizes)
+        raw |= self.after(raw, sizes, later)
         u = hashed_uniform(self.config.seed + 2**32, i, 6)[:, 1:]
         clips = []
         for k, fact in enumerate(self.describe(raw, sizes)):
@@ -329,23 +320,20 @@ class Digits(World):
         start = tries[np.arange(n), apart.argmax(1)]  # [n, 2, 2]
         return {"sprite": sprite, "start": start, "velocity": velocity, "present": present}
 
-    def path(self, raw: dict, sizes: np.ndarray, frames: int) -> np.ndarray:
-        """Where the boxes are: [n, frames, 2, 2] (row, column). Bouncing folds a straight line."""
-        room = np.asarray(sizes)[:, None, None, 1:] - self.config.digit
-        time = np.arange(frames)[None, :, None, None]
-        straight = raw["start"][:, None] + raw["velocity"][:, None] * time
-        folded = straight % np.maximum(2 * room, 1)  # one period there and back
-        return np.minimum(folded, 2 * room - folded)
-
-    def later(self, raw: dict, sizes: np.ndarray, frames: np.ndarray) -> dict[str, np.ndarray]:
-        """The same clips as `draw` describes them, from `frames` [n] on."""
-        room = np.asarray(sizes)[:, None, 1:] - self.config.digit  # [n, 1, 2]
-        velocity = raw["velocity"]  # [n, 2, 2]
-        there = raw["start"] + velocity * np.asarray(frames)[:, None, None]
-        there = there % np.maximum(2 * room, 1)  # where it would be without walls, see `path`
+    def after(self, raw: dict, sizes: np.ndarray, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """Where the boxes are and how they move after `frames` [n, ...]: start and velocity
+        [n, ..., 2, 2] (row, column). Bouncing folds a straight line."""
+        n, more = len(frames), [1] * (frames.ndim - 1)
+        room = np.asarray(sizes)[:, 1:].reshape(n, *more, 1, 2) - self.config.digit
+        start, velocity = (raw[x].reshape(n, *more, 2, 2) for x in ("start", "velocity"))
+        there = (start + velocity * frames[..., None, None]) % np.maximum(2 * room, 1)  # no walls
         back = (there > room) | (there == room) & (velocity > 0) | (there == 0) & (velocity < 0)
-        start = np.minimum(there, 2 * room - there)
-        return raw | {"start": start, "velocity": np.where(back & (room > 0), -1, 1) * velocity}
+        velocity = np.where(back & (room > 0), -1, 1) * velocity
+        return {"start": np.minimum(there, 2 * room - there), "velocity": velocity}
+
+    def path(self, raw: dict, sizes: np.ndarray, frames: int) -> np.ndarray:
+        """Where the boxes are: [n, frames, 2, 2] (row, column)."""
+        return self.after(raw, sizes, np.tile(np.arange(frames), (len(sizes), 1)))["start"]
 
     def render(self, raw: dict, size) -> np.ndarray:
         """n clips of one size (T, H, W) -> pixels [n, 1, T, H, W] uint8."""
@@ -492,28 +480,14 @@ def enlarge(clip: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "arial.ttf")
-
-
 @cache
-def fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own, and those of this machine that have more letters than it."""
-    found = [ImageFont.load_default()]
-    for name in FONTS:
-        with suppress(OSError):
-            found.append(ImageFont.truetype(name, 11))
-    return found
-
-
-@cache
-def lettering(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
-    """A title and the font that has most of its letters; for others there is a plain note."""
-    missing = {font: bytes(font.getmask("\U0010ffff")) for font in fonts()}  # an empty box
-    lacking = {font: [x for x in set(text) if not x.isspace() and bytes(font.getmask(x)) == box]
-               for font, box in missing.items()}  # fmt: skip
-    font = min(lacking, key=lambda font: len(lacking[font]))
-    left = "".join(x for x in text if x not in lacking[font]).strip()
-    return left + " (and letters that no font here has)" * (len(lacking[font]) > 0), font
+def lettering(plain: bool) -> ImageFont.FreeTypeFont:
+    """Pillow's own font; for other than English letters, one of this machine, if it has any."""
+    for name in () if plain else ("NotoSansCJK-Regular", "PingFang", "msyh", "arial", "DejaVuSans"):
+        for suffix in (".ttc", ".ttf"):
+            with suppress(OSError):
+                return ImageFont.truetype(name + suffix, 11)
+    return ImageFont.load_default()
 
 
 def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
@@ -529,7 +503,7 @@ def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
             strip[-2:, np.asarray(marks[k])[times], :-2] = 255, 190, 80
         strips.append(Image.fromarray(strip.reshape(len(strip), -1, 3)))
     lines = [strips[k : k + columns] for k in range(0, len(strips), columns)]
-    lettered = [lettering(title) for title in titles]
+    lettered = [(title, lettering(title.isascii())) for title in titles]
     wide = 8 + max([strip.width for strip in strips]
                    + [int(font.getlength(title)) for title, font in lettered])  # fmt: skip
     high = [max(strip.height for strip in line) + 22 for line in lines]
