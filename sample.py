@@ -78,9 +78,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--fit", choices=["crop", "pad"], default="crop", help="a clip of another shape")
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
-    say("--steps", type=int, help="sampling steps (default: ddpm 50, ddim 30)")
+    say("--steps", type=int, help="sampling steps (default: 30; extend, loop and connect 50)")
     say("--guidance", type=float, help="1: none (default: 4; extend 2; loop and connect 1)")
-    say("--sampler", choices=["ddim", "ddpm"], help="default: ddpm for extend, loop and connect")
     say("--fps", type=frame_rate, help="frames a second, of your files, too (default: as trained)")
     say("--scale", type=int, default=1, help="pixels of the file for each of the clip (default: 1)")
     say("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))
@@ -196,8 +195,7 @@ def tasks_of(run: Run, args: argparse.Namespace, task: Task) -> list[Task]:
 
 def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
     """Make clips and write them as they come; more than one with a sheet of all."""
-    eta = args.sampler and float(args.sampler == "ddpm")
-    said = {"steps": args.steps, "guidance": args.guidance, "eta": eta}
+    said = {name: getattr(args, name) for name in ("steps", "guidance")}
     said = {name: value for name, value in said.items() if value is not None}
     how, out, seeds = replace(prompting.settings(run, tasks[0]), **said), Path(args.out), args.seeds
     T, H, W = tasks[0].frames or len(tasks[0].known), *tasks[0].clip.shape[2:]
@@ -224,20 +222,18 @@ def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    path = Path(args.run or prompting.newest_run())
-    run = prompting.load_run(path)
+    run = prompting.load_run(args.run or prompting.newest_run())
     args.fps = args.fps or run.world["fps"]
     for prompt in filter(None, (args.prompt, args.then)):
         if (words := len(run.tokenizer.encode(prompt))) > MOST_WORDS:
             raise ValueError(f"the prompt is {words} tokens long: at most {MOST_WORDS}")
     clips = read_files(run, args)
     if args.caption:
-        folder = path.parent if path.is_file() else path
-        language = run.language or prompting.load_language(folder, run.device)
-        part = prompting.read_part(run, clips, last=False)
-        if part is None:
+        if not run.language:
+            raise ValueError("--caption: this run has no captioner, text.pt")
+        if (part := prompting.read_part(run, clips, last=False)) is None:
             raise ValueError("larger than all clips in training: give --height and --width")
-        return print(*language.caption(part))
+        return print(*run.language.caption(part))
     task = task_of(run, args, clips)
     prompting.windows(task, run)  # says here which sizes are possible
     write(run, args, tasks_of(run, args, task))
