@@ -64,15 +64,9 @@ def score(clips: list[np.ndarray], real: list[np.ndarray], asked: list[dict], di
 
 def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     folder = Path(args.run or prompting.newest_run())
-    if not args.against:
-        raise ValueError("--against: an equal run of train.py --crop square")
-    runs = {"whole frames": prompting.load_run(folder)}
-    runs["square crops"] = prompting.load_run(args.against)
-    one, other = (run.config for run in runs.values())
-    if (one.get("crop", "none"), other.get("crop")) != ("none", "square"):
-        raise ValueError("--run needs --crop none, and --against --crop square")
-    prompts.refuse_other_than(one, other, ("out", "crop", "stage", "compile"))
-    about, digit = runs["whole frames"].world, one["digit"]
+    both = prompts.equal_runs(folder, args.against, "crop", ("none", "square"), ("compile",))
+    runs = dict(zip(("whole frames", "square crops"), both, strict=True))
+    about, digit = both[0].world, both[0].config["digit"]
     chosen = prompts.real_clips(about, args.clips, 0)
     chosen = [x for x in chosen if len(set(x.clips[0].shape[2:])) == 2]  # no squares
     if not chosen:
@@ -80,7 +74,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
     pairs = [pair for x in chosen for pair in x.pairs]
     asked = [fact["digits"] for x in chosen for fact in x.facts]
     real = [clip for clip, _ in pairs]
-    sets = {"real": real, "VAE": prompts.reconstruct(runs["whole frames"].vae, real)[0]}
+    sets = {"real": real, "VAE": prompts.reconstruct(both[0].vae, real)[0]}
     for name, run in runs.items():
         tasks = [prompting.new(run, clip.shape[1:], said) for clip, said in pairs]
         sets[name] = prompting.finished(run, tasks, range(len(tasks)), expanded=True)

@@ -160,14 +160,11 @@ def measure_expander(language: Language, clips: list[data.Clip], config: data.Wo
     return figures
 
 
-def compare(recaptioned: Path, written: Path, ones: int, twos: int) -> dict:
+def compare(folder: Path, against: str, ones: int, twos: int) -> dict:
     """The report's claim: how well clips follow the same short prompts, after equal trainings."""
-    one, other = (prompting.load_run(folder) for folder in (written, recaptioned))
-    if (one.config["captions"], other.config["captions"]) != ("written", "recaptioned"):
-        raise ValueError("--run needs --captions recaptioned, and --against --captions written")
-    own = tuple(name for name in one.config if name[:5] == "text_")
-    prompts.refuse_other_than(one.config, other.config, ("out", "captions", "stage", *own))
-    kinds = {"written": (one, False), "re-captioned": (other, False), "expanded": (other, True)}
+    free = "text_width text_steps text_batch text_lr".split()
+    new, old = prompts.equal_runs(folder, against, "captions", ("recaptioned", "written"), free)
+    kinds = {"written": (old, False), "re-captioned": (new, False), "expanded": (new, True)}
     made = {name: prompts.measure(run, ones, twos, {}, expanded)[0]["generated"]
             for name, (run, expanded) in kinds.items()}  # fmt: skip
     return {name: {score: row[score] for score in prompts.SCORES} for name, row in made.items()}
@@ -179,8 +176,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, None]:
     world, i, figures = prompts.held_out(writer.world), np.arange(args.clips), {}
     clips = world.clips(i[i % 10 < 3], image=True) + world.clips(i[i % 10 >= 3])  # as in training
     if args.against:
-        both = folder, Path(args.against)
-        figures["clips of prompts"] = compare(*both, args.ones, args.twos)
+        figures["clips of prompts"] = compare(folder, args.against, args.ones, args.twos)
     for name, told in (("captioner", False), ("captioner, told", True)):
         figures[name] = measure_captioner(vae, writer, clips, told)
     figures["expander"] = measure_expander(writer, clips, world.config)

@@ -34,11 +34,19 @@ def held_out(about: dict, **changes) -> data.Digits:
     return data.unseen(about, seed=0, **changes)
 
 
-def refuse_other_than(one: dict, other: dict, names: tuple[str, ...]) -> None:
-    """ValueError if two runs, whose flags these are, differ in anything else than these names."""
-    differ = [name for name in one if one[name] != other.get(name) and name not in names]
-    if differ:
+def equal_runs(run, against, flag: str, values: tuple[str, str], free=()) -> list[prompting.Run]:
+    """Two runs that differ in this flag, which has these values, and in none that is not free."""
+    if not against:
+        raise ValueError(f"--against: an equal run of train.py --{flag} {values[1]}")
+    runs = [prompting.load_run(folder) for folder in (run, against)]
+    one, other = (run.config for run in runs)
+    if (one.get(flag, "none"), other.get(flag)) != values:
+        needs = "--run needs --{0} {1}, and --against --{0} {2}"
+        raise ValueError(needs.format(flag, *values))
+    free = {"out", "stage", flag, *free}
+    if differ := [name for name in one if one[name] != other.get(name) and name not in free]:
         raise ValueError(f"the two runs also differ in {', '.join(differ)}")
+    return runs
 
 
 class Chosen:
