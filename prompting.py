@@ -310,20 +310,20 @@ def windows(task: Task, run: Run, past: int | None = None) -> list[Window]:
     if H % sides or W % sides or not H * W:
         near = " x ".join(str(max(1, round(side / sides)) * sides) for side in (H, W))
         raise ValueError(f"{H} x {W} pixels: sides must be multiples of {sides}, such as {near}")
-    there = task.known.copy()
-    edges = np.flatnonzero(np.diff(np.pad(~there, 1).astype(int))).tolist()
+    there = np.pad(task.known, ft)  # by then; frame k is at ft + k
+    edges = np.flatnonzero(np.diff(np.pad(~task.known, 1).astype(int))).tolist()
     one = len(edges) > 2 and T <= 1 + ft * (run.window - 1)
     edges = [edges[0], edges[-1]] if one else edges
     for k in range(0, len(edges), 2):
         lo, hi, to = [*edges, T][k : k + 3]  # then frames are known up to `to`
         some = toward(run, lo, hi, to - hi) if to > hi else onward(run, lo, hi, past or run.past)
         if one:
-            end, start = T + (1 - T) % ft, int(there[0] and there[-1])
+            end, start = T + (1 - T) % ft, int(task.known[0] and task.known[-1])
             some = [Window(0, end, (lo, hi), start=start)]
         for x in some:
-            known = np.pad(there, ft)[ft + x.first : ft + x.end]
+            known = there[ft + x.first : ft + x.end].copy()
             plan.append(replace(x, known=known, turn=(lo, hi), part=x.part + k * 2**50))
-            there[slice(*x.made)] = True
+            there[ft + x.made[0] : ft + x.made[1]] = True
     count = max((-(-len(x.known) // ft) for x in plan), default=0) * H * W // sides**2
     if count > MOST_TOKENS:
         raise ValueError(f"too large: {count} patches at once, of at most {MOST_TOKENS}")
