@@ -480,14 +480,28 @@ def enlarge(clip: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "arial.ttf")
+
+
 @cache
-def lettering(plain: bool) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; for other than English letters, one of this machine, if it has any."""
-    for name in () if plain else ("NotoSansCJK-Regular", "PingFang", "msyh", "arial", "DejaVuSans"):
-        for suffix in (".ttc", ".ttf"):
-            with suppress(OSError):
-                return ImageFont.truetype(name + suffix, 11)
-    return ImageFont.load_default()
+def fonts() -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own, and those of this machine that have more letters than it."""
+    found = [ImageFont.load_default()]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, 11))
+    return found
+
+
+@cache
+def lettering(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A title and the font that has most of its letters; for others there is a plain note."""
+    missing = {font: bytes(font.getmask("\U0010ffff")) for font in fonts()}  # an empty box
+    lacking = {font: [x for x in set(text) if not x.isspace() and bytes(font.getmask(x)) == box]
+               for font, box in missing.items()}  # fmt: skip
+    font = min(lacking, key=lambda font: len(lacking[font]))
+    left = "".join(x for x in text if x not in lacking[font]).strip()
+    return left + " (and letters that no font here has)" * (len(lacking[font]) > 0), font
 
 
 def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
@@ -503,7 +517,7 @@ def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
             strip[-2:, np.asarray(marks[k])[times], :-2] = 255, 190, 80
         strips.append(Image.fromarray(strip.reshape(len(strip), -1, 3)))
     lines = [strips[k : k + columns] for k in range(0, len(strips), columns)]
-    lettered = [(title, lettering(title.isascii())) for title in titles]
+    lettered = [lettering(title) for title in titles]
     wide = 8 + max([strip.width for strip in strips]
                    + [int(font.getlength(title)) for title, font in lettered])  # fmt: skip
     high = [max(strip.height for strip in line) + 22 for line in lines]

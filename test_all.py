@@ -2482,8 +2482,9 @@ def test_plots_and_sheets_show_what_they_are_given():
     assert (page[20:36, 26:42] == data.enlarge(clips[0], 2)[1]).all()
     assert [(page[37:39, x] == (255, 190, 80)).all() for x in (8, 26)] == [True, False]
     wide = np.asarray(data.sheet(clips[:1], ["W" * 60]))  # a title of wide letters fits
-    length = data.lettering(True).getlength("W" * 60)
-    assert wide[:16, -8:].max() == 32 and wide.shape[1] > length
+    said, font = data.lettering("a dog \ufdd0")
+    assert said == "a dog (and letters that no font here has)" and data.lettering("a")[0] == "a"
+    assert wide[:16, -8:].max() == 32 and wide.shape[1] > font.getlength("W" * 60)
 
 
 def played_by_a_page(out: Path, world) -> None:

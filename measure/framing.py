@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> tuple[Path, dict, Image]:
         tasks = [prompting.new(run, clip.shape[1:], said) for clip, said in pairs]
         sets[name] = prompting.finished(run, tasks, range(len(tasks)), expanded=True)
     figures = {name: score(clips, real, asked, digit) for name, clips in sets.items()}
-    print(prompts.as_table(f"{len(real)} clips", figures))
+    print(prompts.as_table(f"{len(real)} clips", prompts.turned(figures)))
     shown = np.linspace(0, len(real) - 1, 8).round().astype(int)
     columns = [(sets[name][k], f"{name}: {pairs[k][1]}") for k in shown for name in list(sets)[2:]]
     clips, titles = zip(*columns, strict=True)

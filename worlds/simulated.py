@@ -57,12 +57,6 @@ class Simulated(World):
 
     # ------------------------------------------------------------------------ the contract of clips
 
-    def sizes(self, i, image: bool = False) -> np.ndarray:
-        u = hashed_uniform(self.config.seed, i, 2)
-        T, shapes = np.array((1,) if image else self.durations), np.array(self.shapes)
-        T, shapes = (x[(k * len(x)).astype(int)] for x, k in zip((T, shapes), u.T, strict=True))
-        return np.column_stack([T, shapes])  # [n, 3]
-
     def played(self, i, frames: int, actions=None, after: int = 1) -> tuple[State, np.ndarray]:
         """Clips i [n] from their start: states [frames, n, ...], actions [frames, n]. With actions
         [frames], those are done before each frame from `after` on."""
@@ -77,9 +71,6 @@ class Simulated(World):
                 done = np.full(len(u), actions[len(states)])
             state = self.step(state | {"done": done}, done)
         return {k: np.stack([s[k] for s in states]) for k in states[0]}, np.stack(done_by)
-
-    def told(self, i, image: bool = False, later=0, frames: int | None = None) -> list[Clip]:
-        return self.clips(i, image, later, frames, pixels=False)
 
     def clips(
         self, i, image=False, later=0, frames=None, pixels: bool = True, actions=None, after=1
