@@ -2,7 +2,7 @@
 
     python train.py --preset tiny                          # moving MNIST on a laptop CPU
     torchrun --nproc_per_node=8 train.py --preset xl       # the same code on 8 GPUs
-    python train.py --preset tiny --data FOLDER            # your own videos and images
+    python train.py --preset clips --data FOLDER           # your own videos and images
 
 A preset is a set of defaults, and each of them is a flag of the same name (--depth 8). Progress is
 one integer, the step: data, noise and learning rate are functions of (seed, step). So the same
@@ -141,6 +141,8 @@ BASE = dict(channels=16, space_factor=8, digit=56, pixels=16384, lr=1e-3, rope_b
             tokens=4096, vae_steps=100_000)  # fmt: skip
 PRESETS = {
     "tiny": {},  # 2.0 M, 32 x 32
+    "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, rows=4, tokens=512,
+                  given=0.5, steps=2500),  # 2.0 M, 48 x 64; for a small --data FOLDER
     "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
                           vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
     "base": BASE | dict(width=768, depth=12, heads=12, vae_width=128, vae_batch=32, rows=16,
@@ -271,16 +273,17 @@ def make_dit(c: Config, vocabulary: int, world: World) -> DiT:
 def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> None:
     torch.manual_seed(c.seed)  # initial weights
     vae = make_vae(c, world)
-    checkpoints.begin_with(vae, checkpoints.starting_from(c, c.folder, "vae"))
     every = np.flatnonzero(~world.held_back(np.arange(len(world))))
     kinds = {image: batches.kinds(world.sizes(every, image)) for image in (False, True)}
     largest = int(kinds[False][0].prod(1).max())
 
-    def make(step: int, part: int) -> tuple[Tensor, Tensor, float]:
+    some, parts = range(10**6 + 1, 10**6 + 8), ranks() * c.accumulate
+
+    def make(step: int, part: int, of: int = parts) -> tuple[Tensor, Tensor, float]:
         """A part of a step: video, noise, and its share in the mean. The step's clips are of one
         size, another one each step; in every eighth step images: a video's first frame is an image
         to a causal VAE."""
-        image, mine = step % 8 == 0, slice(part, None, ranks() * c.accumulate)
+        image, mine = step % 8 == 0, slice(part, None, of)
         (T, H, W), pick = batches.same_size(kinds[image], step, c.seed, c.vae_batch, largest)
         noise = torch.randn(len(pick), c.channels, *vae.grid(T, H, W),
                             generator=seeded(c.seed, 1, step))  # fmt: skip
@@ -301,14 +304,17 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
 
     def measure(averaged: VAE) -> None:
         """On all clips of some steps, so that every process finds the same."""
-        of, parts = range(10**6 + 1, 10**6 + 8), range(ranks() * c.accumulate)
-        videos = (make(step, part)[0] for step in of for part in parts)
+        videos = (make(step, part)[0] for step in some for part in range(parts))
         averaged.measure_statistics(to_float(video.to(device)) for video in videos)
 
     def steps(first: int) -> Iterator[list]:
         yield from items.made_ahead(batch, range(first, c.vae_steps), c.workers * world.slow)
 
     facts = facts | {"model": asdict(vae.config)}
+    start = checkpoints.starting_from(c, c.folder, "vae")
+    if not start:
+        vae.begin(to_float(make(step, 0, 1)[0]) for step in some)  # in one order on all processes
+    checkpoints.begin_with(vae, start)
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),
         c, c.folder, device)  # fmt: skip
 

@@ -20,8 +20,8 @@ convolution in time pads on the left only, with the first frame repeated. That b
 
 The network works on the latent grid only: a linear map reads each block of pixels, causal
 convolutions see the neighbouring blocks, a linear map writes the block. A linear path around the
-convolutions (a learned PCA) is good after seconds of training. Big VAEs (Wan 2.1, CogVideoX)
-convolve at full resolution first: many times the cost, for textures that moving digits don't have.
+convolutions starts as the PCA of some clips' blocks (`begin`), and is good before the first step.
+Big VAEs (Wan 2.1, CogVideoX) convolve at full resolution first, at many times the cost.
 
 Alphabet: capitals are pixels (B, C, T, H, W), small letters the latent grid (Z channels, t, h, w).
 
@@ -165,15 +165,19 @@ class VAE(nn.Module):
             raise ValueError(f"{H} x {W} pixels: the VAE takes multiples of {fs} pixels")
         return 1 + (T - 1) // ft, H // fs, W // fs
 
-    def posterior(self, video: Tensor, cache: list | None = None) -> tuple[Tensor, Tensor, list]:
-        """video [B, C, T, H, W] in [-1, 1] -> mu, log sigma^2 [B, Z, t, h, w], and the cache."""
+    def blocks(self, video: Tensor, first: bool = True) -> Tensor:
+        """video [B, C, T, H, W] -> [B, C ft fs fs, t, h, w]; first: whether it has frame 0."""
         ft, fs = self.config.time_factor, self.config.space_factor
-        if cache is None:  # frame 0 gets a block of its own, which holds it ft times
+        if first:  # frame 0 gets a block of its own, which holds it ft times
             self.grid(*video.shape[2:])
             video = torch.cat([video[:, :, :1].expand(-1, -1, ft - 1, -1, -1), video], dim=2)
         elif video.shape[2] % ft:
             raise ValueError(f"{video.shape[2]} frames: chunks after the first take {ft} k frames")
-        h, cache = self.encoder(to_blocks(video, ft, fs), cache)
+        return to_blocks(video, ft, fs)
+
+    def posterior(self, video: Tensor, cache: list | None = None) -> tuple[Tensor, Tensor, list]:
+        """video [B, C, T, H, W] in [-1, 1] -> mu, log sigma^2 [B, Z, t, h, w], and the cache."""
+        h, cache = self.encoder(self.blocks(video, cache is None), cache)
         mu, log_var = h.chunk(2, dim=1)
         return mu, log_var.clamp(-20, 10), cache
 
@@ -230,6 +234,24 @@ class VAE(nn.Module):
         return error + self.config.kl * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
     forward = loss  # wrappers such as DDP call it
+
+    @torch.no_grad()
+    def begin(self, videos: Iterable[Tensor]) -> None:
+        """Start the linear path as the principal components of some training videos' blocks: from
+        random weights, the small ones, textures, take forever to find. Their variances keep half
+        of their range (in logarithms): all equal, an error in brightness would count no more than
+        one in texture; and they are mixed at random, so that `std` does not make them equal."""
+        blocks = torch.cat([self.blocks(x).transpose(0, 1).flatten(1) for x in videos], dim=1)
+        mean, (variance, axes) = blocks.mean(1), torch.linalg.eigh(torch.cov(blocks))  # ascending
+        Z, read, write = self.config.channels, self.encoder.around, self.decoder.around
+        std, axes = variance[-Z:].clamp(min=1e-6).sqrt(), axes[:, -Z:]  # [Z], [C ft fs fs, Z]
+        mix = torch.linalg.qr(torch.randn(Z, Z))[0][: len(std)].to(mean)  # a block may be smaller
+        scale = (std / std.mean()).sqrt() / std
+        down, up = (axes * scale @ mix).T, axes / scale @ mix
+        read.weight.copy_(torch.cat([down, torch.zeros_like(down)]))
+        read.bias.copy_(torch.cat([-down @ mean, torch.full_like(std, -5.0)]))  # little noise
+        write.weight.copy_(up)
+        write.bias.copy_(mean)
 
     @torch.no_grad()
     def measure_statistics(self, videos: Iterable[Tensor]) -> None:
