@@ -38,6 +38,7 @@ import prompting
 from data import sheet
 from dit import MOST_WORDS
 from prompting import AT_ONCE, Run, Task
+from worlds import media
 from worlds.media import MOST_NUMBERS, SUFFIXES, VIDEO, Writer, fitted, naming, probe, read_clip
 
 MOST_FRAMES = 10**6
@@ -217,7 +218,7 @@ def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
     if args.count > 1:
         names.append(out.with_name(f"{out.stem}_sheet.png"))
         titles = [f"{args.prompt}, seed {seed}" for seed in seeds]
-        sheet([np.concatenate(strip, axis=1) for strip in strips], titles).save(names[-1])
+        media.write_gif(names[-1], [sheet([np.concatenate(x, axis=1) for x in strips], titles)])
     print(f"wrote {', '.join(map(str, names))}: {T} x {H} x {W}")
 
 

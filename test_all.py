@@ -1637,7 +1637,7 @@ def test_training_starts_from_given_weights(acting_run, tmp_path, monkeypatch, s
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--preset huge", "no preset huge: there are tiny, small"),
+    ("--preset huge", "no preset huge: there are tiny, clips, small"),
     ("--depht 8", "unrecognized arguments: --depht"),
     ("--stage dit --out nowhere", "train there first"),
     ("--digit 40", "a digit of 40 pixels does not fit"),
@@ -1680,6 +1680,11 @@ def test_a_training_mistake_is_one_line(user_run, tmp_path, monkeypatch, capsys,
         train.command(train.parse([*SMALL, *flags.replace("CODE", str(CODE)).split()]))
     said = [x for x in capsys.readouterr().err.splitlines() if "train.py: " in x]
     assert stopped.value.code == 2 and len(said) == 1 and says in said[0]
+
+
+def test_the_preset_for_own_clips_fits_them(own_files):
+    said = train.dry_run(train.parse(["--preset", "clips", "--data", str(own_files)]))
+    assert "dit: 2.0 M" in said and "in 4 rows of 512" in said
 
 
 @pytest.mark.parametrize("preset, millions", [("tiny", 2.0), ("small", 33), ("base", 133),
@@ -2160,9 +2165,18 @@ def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
     for _ in range(2):  # again, all is there
         world = folder.Folder(WorldConfig(str(own_files)))
         decoded.decode_once(world, tmp_path / "cache", 0)
-        assert len(looked) == len(i)
+        assert len(looked) == len(world.files)  # a video in one pass
     assert all(same(x, world.clips(*how)) for x, how in zip(right, asked, strict=True))
-    assert len(looked) == 2 * len(i) + 1  # from later on, and longer: decoded anew
+    assert len(looked) == 2 * len(world.files) + 1  # from later on, and longer: decoded anew
+
+
+def test_what_a_model_made_is_never_learned_from(tmp_path):
+    for suffix in media.SUFFIXES:
+        media.write_clip(tmp_path / f"real{suffix}", RAMP)
+        with media.Writer(tmp_path / f"made{suffix}") as file:
+            file.write(RAMP)
+    found = {x["file"] for x in folder.Folder(WorldConfig(str(tmp_path))).files}
+    assert found == {f"real{x}" for x in media.SUFFIXES if x != ".npy"}
 
 
 def interrupt(*_):
@@ -2191,6 +2205,8 @@ def test_a_data_set_grows_and_the_same_command_goes_on(tmp_path, monkeypatch, ca
     dit = torch.load("out/own/dit.pt")
     assert dit["step"] == 8 and dit["words"] == words and dit["world"]["fps"] == 29.97
     assert Path("out/own/vae.pt").read_bytes() == vae
+    Path("moved").symlink_to("own")  # the same files elsewhere: everything is there
+    train.main(train.parse([*flags, "--steps", "8", "--data", "moved", "--out", "out/own"]))
     with processes.alone_in(Path("out/own")):
         other = [sys.executable, CODE / "train.py", *flags]
         done = subprocess.run(other, capture_output=True, text=True)

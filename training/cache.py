@@ -18,6 +18,7 @@ from training.loop import STOP
 from training.processes import barrier, rank, ranks
 
 MOST = 2**33  # bytes; more are decoded anew each time
+AT_ONCE = 16  # clips
 
 
 def open_files(folder: Path, stamp: str, sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -56,9 +57,11 @@ def decode_once(world: World, folder: Path, workers: int) -> None:
             clip.pixels = pixels[ends[k] - np.prod(shape) : ends[k]].reshape(shape)[:, :n].copy()
         return [clip if done[k] else None for k, clip in zip(i, found, strict=True)]
 
-    todo = np.flatnonzero(done == 0)[rank() :: ranks()]
-    ready = made_ahead(lambda k: len(clips(todo[k : k + 1])), range(len(todo)), workers)
-    for _ in tqdm(ready, "decode", unit="clip", disable=rank() > 0 or not len(todo)):
+    todo = np.array_split(np.flatnonzero(done == 0), ranks())[rank()]
+    some = range(0, len(todo), AT_ONCE)  # neighbours: Folder decodes those of a video in one pass
+    ready = made_ahead(lambda k: len(clips(todo[k : k + AT_ONCE])), some, workers)
+    quiet = rank() > 0 or not len(todo)
+    for _ in tqdm(ready, "decode", unit="clip", unit_scale=AT_ONCE, disable=quiet):
         if STOP:
             raise SystemExit("stopped while decoding; the same command continues")
     barrier()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import world_class
 from prompting import find_weights, read_weights
 from training.processes import barrier, rank, sharded_as, whole
 
@@ -112,6 +113,8 @@ def refuse_another(path: Path, stage: str, saved: dict, facts: dict) -> None:
         # A world's sizes follow from its configuration, or from files, which come and go.
         was, now = (x | x.get("config", {}) | {"config": 0} for x in (saved[kind], facts[kind]))
         for name in (name for name in now if was.get(name) != now[name]):
+            if name == "kind" and world_class(was[name]) is world_class(now[name]):
+                continue  # a folder that was moved
             flags = [flag for flag in (f"{stage}_{name}", name) if flag in changed][:1] or changed
             typed = (f"--{x.replace('_', '-')} {str(changed[x]).strip('(,)')}" for x in flags)
             back = " ".join(flag.replace(", ", ",") for flag in typed)

@@ -40,6 +40,7 @@ PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".jfif", 
 SUFFIXES = (".gif", ".mp4", ".webm", ".webp", ".png", ".npy")  # that we write
 MOST_PIXELS = 2**25  # of a frame that is read: four times 4K
 MOST_NUMBERS = 2**29  # of a clip in memory: half a gigabyte
+MADE = "made by a model of sample.py"  # is in what a model made, and is never learned from
 BT709, UNTAGGED, PQ, HLG = 1, 2, 16, 18  # how video encodes colours, as FFmpeg counts
 CODECS = {  # name, quality, how it becomes a file: in fragments that play by themselves
     ".mp4": ("libx264", {"crf": "12", "tune": "zerolatency"},
@@ -297,8 +298,8 @@ class Writer:
     and .webm stream to disk, and play even after a power cut.
     """
 
-    def __init__(self, path: str | Path, fps: float = 10, scale: int = 1):
-        self.path, self.fps, self.scale = Path(path), fps, scale
+    def __init__(self, path: str | Path, fps: float = 10, scale: int = 1, comment: str = MADE):
+        self.path, self.fps, self.scale, self.comment = Path(path), fps, scale, comment
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: write to a name that ends in one of {' '.join(SUFFIXES)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,6 +334,7 @@ class Writer:
     def open(self, H: int, W: int):
         codec, quality, how = CODECS[self.path.suffix]
         container = av.open(str(self.path), "w", options=how | {"flush_packets": "1"})
+        container.metadata["comment"] = self.comment
         quality = quality | {"g": str(round(self.fps))}  # a key frame, and so a fragment, a second
         rate = Fraction(self.fps).limit_denominator(1001)  # 29.97 is 2,997 / 100
         stream = self.stream = container.add_stream(codec, rate=rate, options=quality)
@@ -350,7 +352,7 @@ class Writer:
         frames = [np.concatenate(frames, axis=1)] if self.path.suffix == ".png" else frames
         # What is gray stays gray: a GIF then has each gray, and none changes.
         frames = [x[..., 0].copy() if (x[..., :1] == x).all() else x for x in frames]
-        write_gif(self.path, list(map(Image.fromarray, frames)), self.fps)
+        write_gif(self.path, list(map(Image.fromarray, frames)), self.fps, self.comment)
 
 
 @contextmanager
@@ -364,16 +366,26 @@ def renamed(path: str | Path):
         part.unlink(missing_ok=True)
 
 
-def write_gif(path: str | Path, pages: list[Image.Image], fps: float = 10) -> None:
+def write_gif(path: str | Path, pages: list[Image.Image], fps: float = 10, comment=MADE) -> None:
     """Also .webp, and a single .png. Delays are whole hundredths (.webp: thousandths) of a second
     that add up to the right time, and long enough that browsers keep to them."""
     unit, least = (10, 20) if Path(path).suffix == ".gif" else (1, 11)
     ends = (np.arange(len(pages) + 1) * max(1000 / fps, least) / unit).round().astype(int) * unit
-    how = {"duration": np.diff(ends).tolist(), "loop": 0, "lossless": True}
+    how = {"duration": np.diff(ends).tolist(), "loop": 0, "lossless": True, "comment": comment}
+    how["exif"] = Image.Exif()
+    how["exif"][0x10E] = comment  # the description: .png and .webp
     with renamed(path) as part:
         pages[0].save(part, save_all=True, append_images=pages[1:], **how)
 
 
+def made_by_us(path: Path) -> bool:
+    """Whether `MADE` is in the file; in all containers as it stands, close to one of the ends."""
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+        file.seek(max(0, path.stat().st_size - 2**16))
+        return MADE.encode() in start + file.read()
+
+
 def write_clip(path: str | Path, clip: np.ndarray, fps: float = 10, scale: int = 1) -> None:
-    with Writer(path, fps, scale) as file:
+    with Writer(path, fps, scale, comment="") as file:
         file.write(clip)
