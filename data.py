@@ -84,7 +84,6 @@ class World:
     sampling = {}  # what differs from prompting.py's settings
     past = 0.5  # the share of a window that is taken over from the one before it
     noise = 0.6  # how noisy that is in training, at most; see `prompting.Settings`
-    silent = 0.1  # the share of clips with known frames that are learned without their caption
 
     def __init__(self, config: WorldConfig):
         self.config = config

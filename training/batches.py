@@ -116,8 +116,7 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     pick = np.array(pick)
     room = (c.tokens - source.count[pick]).clip(min=1).tolist()
     texts = [source.texts[k][:n] for k, n in zip(pick.tolist(), room, strict=True)]
-    keep = u[:, 2] >= np.where(kind == 2, source.world.silent, DROPOUT)
-    texts = [x if told else [NOTHING] for x, told in zip(texts, keep, strict=True)]
+    texts = [x if keep else [NOTHING] for x, keep in zip(texts, u[:, 2] >= DROPOUT, strict=True)]
     lengths = [len(x) + int(n) for x, n in zip(texts, source.count[pick], strict=True)]
     plan = patches.longest_prefix(lengths, c.tokens, c.rows)
     n, drawn = sum(map(len, plan)), []

@@ -35,9 +35,8 @@ WHEN = ("at no time", "for a while", "at the start", "at the end", "at both ends
 
 
 class Wall(Digits):
-    flags = dict(durations=(17, 33), shapes=("16x64", "64x16", "24x48", "48x24"), digit=12,
-                 given=0.4, later=0.3, steps=3000, items=12_000)  # fmt: skip
-    silent = 0.5  # what is behind a wall is to be remembered, not told
+    flags = dict(durations=(17, 33), shapes=("24x64", "64x24", "32x48", "48x32"), digit=12,
+                 tokens=320, rows=7, steps=3000, items=12_000)  # fmt: skip
     labelled, prompts, otherwise = World.labelled, World.prompts, staticmethod(World.otherwise)
 
     def clips(self, i, image=False, later=0, frames=None, pixels: bool = True) -> list[Clip]:
