@@ -178,6 +178,18 @@ def test_the_loss_is_squared_error_and_kl_and_statistics_standardise(small_vae):
     assert close(latent.mean(1), torch.zeros(4), 1e-4) and close(latent.std(1), torch.ones(4), 1e-4)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_principal_components_keep_what_they_can(channels):
+    """Blocks of four numbers: two of these vary a hundred times as much as the others."""
+    blocks = torch.randn(4, 3, 1, 8, 8) * torch.tensor([1, 1, 0.01, 0.01]).view(4, 1, 1, 1, 1)
+    blocks = (torch.linalg.qr(torch.randn(4, 4))[0] @ blocks.flatten(1)).view(4, 3, 1, 8, 8)
+    video = from_blocks(blocks.transpose(0, 1), 1, 2) + 0.3  # [3, 1, 1, 16, 16]
+    vae = VAE(VAEConfig(channels=channels, time_factor=1, space_factor=2, width=8))
+    vae.begin([video])
+    error = (vae.reconstruct(vae.posterior(video)[0])[0] - video).square().mean().sqrt()
+    assert error < (1e-5 if channels >= 4 else 0.01)
+
+
 # ================================================ the concepts: patches.py, attention.py and dit.py
 
 LEVELS = [torch.tensor([0.7]), torch.tensor([0.0, 0.4, 0.9]), torch.tensor([1.0, 0.2])]

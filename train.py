@@ -85,6 +85,7 @@ class Config:
     vae_steps: int = 1000
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
+    vae_pca: bool = False  # begin with principal components: textures are there at once
     # captions, and the language model that writes them (training/recaption.py, language.py)
     captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
@@ -141,8 +142,8 @@ BASE = dict(channels=16, space_factor=8, digit=56, pixels=16384, lr=1e-3, rope_b
             tokens=4096, vae_steps=100_000)  # fmt: skip
 PRESETS = {
     "tiny": {},  # 2.0 M, 32 x 32
-    "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, rows=4, tokens=512,
-                  given=0.5, steps=2500),  # 2.0 M, 48 x 64; for a small --data FOLDER
+    "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, vae_pca=True, rows=4,
+                  tokens=512, given=0.5, steps=2500),  # 2.0 M, 48 x 64; for a small --data FOLDER
     "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
                           vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
     "base": BASE | dict(width=768, depth=12, heads=12, vae_width=128, vae_batch=32, rows=16,
@@ -312,7 +313,7 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
 
     facts = facts | {"model": asdict(vae.config)}
     start = checkpoints.starting_from(c, c.folder, "vae")
-    if not start:
+    if c.vae_pca and not start:
         vae.begin(to_float(make(step, 0, 1)[0]) for step in some)  # in one order on all processes
     checkpoints.begin_with(vae, start)
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),

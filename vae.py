@@ -20,8 +20,8 @@ convolution in time pads on the left only, with the first frame repeated. That b
 
 The network works on the latent grid only: a linear map reads each block of pixels, causal
 convolutions see the neighbouring blocks, a linear map writes the block. A linear path around the
-convolutions starts as the PCA of some clips' blocks (`begin`), and is good before the first step.
-Big VAEs (Wan 2.1, CogVideoX) convolve at full resolution first, at many times the cost.
+convolutions (a learned PCA) is good after seconds of training, and can begin as one (`begin`). Big
+VAEs (Wan 2.1, CogVideoX) convolve at full resolution first, at many times the cost.
 
 Alphabet: capitals are pixels (B, C, T, H, W), small letters the latent grid (Z channels, t, h, w).
 
@@ -249,7 +249,7 @@ class VAE(nn.Module):
         scale = (std / std.mean()).sqrt() / std
         down, up = (axes * scale @ mix).T, axes / scale @ mix
         read.weight.copy_(torch.cat([down, torch.zeros_like(down)]))
-        read.bias.copy_(torch.cat([-down @ mean, torch.full_like(std, -5.0)]))  # little noise
+        read.bias.copy_(torch.cat([-down @ mean, torch.full((Z,), -5.0).to(mean)]))  # little noise
         write.weight.copy_(up)
         write.bias.copy_(mean)
 
