@@ -111,7 +111,8 @@ def refuse_another(path: Path, stage: str, saved: dict, facts: dict) -> None:
     changed = {k: x for k, x in saved["config"].items() if x not in ("", config.get(k, x))}
     for kind in ("model", "world"):
         # A world's sizes follow from its configuration, or from files, which come and go.
-        was, now = (x | x.get("config", {}) | {"config": 0} for x in (saved[kind], facts[kind]))
+        other = {"config": 0, "sampling": 0}
+        was, now = (x | x.get("config", {}) | other for x in (saved[kind], facts[kind]))
         for name in (name for name in now if was.get(name) != now[name]):
             if name == "kind" and world_class(was[name]) is world_class(now[name]):
                 continue  # a folder that was moved
