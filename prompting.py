@@ -316,10 +316,13 @@ def windows(task: Task, run: Run, past: int | None = None) -> list[Window]:
     edges = [edges[0], edges[-1]] if one else edges
     for k in range(0, len(edges), 2):
         lo, hi, to = [*edges, T][k : k + 3]  # then frames are known up to `to`
-        some = toward(run, lo, hi, to - hi) if to > hi else onward(run, lo, hi, past or run.past)
         if one:
             end, start = T + (1 - T) % ft, int(task.known[0] and task.known[-1])
             some = [Window(0, end, (lo, hi), start=start)]
+        elif to > hi:
+            some = toward(run, lo, hi, to - hi)
+        else:
+            some = onward(run, lo, hi, run.past if past is None else past)
         for x in some:
             known = there[ft + x.first : ft + x.end].copy()
             plan.append(replace(x, known=known, turn=(lo, hi), part=x.part + k * 2**50))

@@ -278,10 +278,8 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
     kinds = {image: batches.kinds(world.sizes(every, image)) for image in (False, True)}
     largest = int(kinds[False][0].prod(1).max())
 
-    some, parts = range(10**6 + 1, 10**6 + 8), ranks() * c.accumulate
-
-    def make(step: int, part: int, of: int = parts) -> tuple[Tensor, Tensor, float]:
-        """A part of a step: video, noise, and its share in the mean. The step's clips are of one
+    def make(step: int, part: int, of: int = ranks() * c.accumulate) -> tuple:
+        """A part of a step: video, noise, its share in the mean. The step's clips are of one
         size, another one each step; in every eighth step images: a video's first frame is an image
         to a causal VAE."""
         image, mine = step % 8 == 0, slice(part, None, of)
@@ -303,10 +301,13 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
         mean, logs = model(to_float(video.to(device)), noise.to(device))
         return mean * share, logs
 
+    def some() -> Iterator[Tensor]:
+        """All clips of some steps, whole, so that every process finds the same in them."""
+        for step in range(10**6 + 1, 10**6 + 8):
+            yield to_float(make(step, 0, of=1)[0])
+
     def measure(averaged: VAE) -> None:
-        """On all clips of some steps, so that every process finds the same."""
-        videos = (make(step, part)[0] for step in some for part in range(parts))
-        averaged.measure_statistics(to_float(video.to(device)) for video in videos)
+        averaged.measure_statistics(video.to(device) for video in some())
 
     def steps(first: int) -> Iterator[list]:
         yield from items.made_ahead(batch, range(first, c.vae_steps), c.workers * world.slow)
@@ -314,7 +315,7 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
     facts = facts | {"model": asdict(vae.config)}
     start = checkpoints.starting_from(c, c.folder, "vae")
     if c.vae_pca and not start:
-        vae.begin(to_float(make(step, 0, 1)[0]) for step in some)  # in one order on all processes
+        vae.begin(some())
     checkpoints.begin_with(vae, start)
     fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),
         c, c.folder, device)  # fmt: skip
