@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,11 +114,10 @@ class Game:
         """What was played, both worlds side by side, as a GIF."""
         if not self.shown:
             raise ValueError("nothing was played yet")
-        pages = []
-        for pair in self.shown:
-            clips = [x[:, None] for x in pair]
-            titles = ["the model", "the real one"][: len(clips)]
-            pages.append(sheet(clips, titles, columns=2, scale=4))
+        titles = ["the model", "the real one"][: len(self.shown[0])]
+        pages = [
+            sheet([x[:, None] for x in frames], titles, columns=2, scale=4) for frames in self.shown
+        ]
         with tempfile.TemporaryDirectory() as folder:
             write_gif(path := Path(folder, "play.gif"), pages, self.run.world["fps"])
             return path.read_bytes()
@@ -145,10 +144,8 @@ class Server(ThreadingHTTPServer):
             raise ValueError("a new world needs a run of this server, and a number")
         with self.lock:
             game = Game(load(name), number, str(asked.get("prompt", ""))[:500])
-            old = sorted(self.games, key=lambda name: self.games[name].used)
-            for k in old[: max(0, len(old) + 1 - MOST)]:
-                del self.games[k]
-            self.games = {k: x for k, x in self.games.items() if time.time() - x.used < IDLE}
+            latest = sorted(self.games.items(), key=lambda x: x[1].used)[1 - MOST :]
+            self.games = {k: x for k, x in latest if time.time() - x.used < IDLE}
             self.games[name := uuid4().hex] = game
         said = {"session": name, "actions": game.world.actions, "prompt": game.prompt}
         return said | {"steps": game.how.steps, "noise": game.how.noise}
@@ -174,6 +171,9 @@ class Server(ThreadingHTTPServer):
             made = game.step(action)
         return {name: x if isinstance(x, float) else as_pixels(x) for name, x in made.items()}
 
+    def end(self, asked: dict) -> dict:
+        return {"ended": self.games.pop(asked.get("session"), None) is not None}
+
 
 def as_pixels(frame: np.ndarray) -> dict:
     """[C, H, W] -> what a canvas takes."""
@@ -185,7 +185,28 @@ def as_pixels(frame: np.ndarray) -> dict:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def answer(self, status: int, kind: str, body: bytes) -> None:
+    def do_GET(self) -> None:
+        self.reply(self.get)
+
+    def do_POST(self) -> None:
+        self.reply(self.post)
+
+    def reply(self, answer) -> None:
+        """Another site's page must not drive this server, under whatever name it found it."""
+        mine = [f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")]
+        origins = (None, *(f"http://{x}" for x in mine))
+        try:
+            if self.headers.get("Host") in mine and self.headers.get("Origin") in origins:
+                status, kind, body = answer()
+            else:
+                status, kind, body = (
+                    403,
+                    "text/plain",
+                    b"only pages of this machine may play here\n",
+                )
+        except (ValueError, TypeError) as error:
+            status, kind, body = 400, "text/plain", f"{error}\n".encode()
+        self.close_connection |= status != 200  # not all of the request may have been read
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -193,58 +214,29 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def ours(self) -> bool:
-        """Another site's page must not drive this server, under whatever name it found it."""
-        port = self.server.server_address[1]
-        mine = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in mine and origin in (None, *(f"http://{x}" for x in mine)):
-            return True
-        self.close_connection = True
-        self.answer(403, "text/plain", b"only pages of this machine may play here\n")
-        return False
-
-    def do_GET(self) -> None:
-        if not self.ours():
-            return
+    def get(self) -> tuple[int, str, bytes]:
         path, _, session = self.path.partition("?session=")
-        try:
-            if path == "/":
-                page = (HERE / "assets" / "play.html").read_bytes()
-                page = page.replace(b"RUNS", json.dumps(self.server.runs).encode())
-                self.answer(200, "text/html; charset=utf-8", page)
-            elif path == "/play.gif":
-                game = self.server.game({"session": session})
-                with game.lock:
-                    made = game.recording()
-                self.answer(200, "image/gif", made)
-            else:
-                self.answer(404, "text/plain", b"there is only one page here: /\n")
-        except ValueError as error:
-            self.answer(400, "text/plain", f"{error}\n".encode())
+        if path == "/":
+            page = (HERE / "assets" / "play.html").read_bytes()
+            page = page.replace(b"RUNS", json.dumps(self.server.runs).encode())
+            return 200, "text/html; charset=utf-8", page
+        if path == "/play.gif":
+            game = self.server.game({"session": session})
+            with game.lock:
+                return 200, "image/gif", game.recording()
+        return 404, "text/plain", b"there is only one page here: /\n"
 
-    def do_POST(self) -> None:
-        if not self.ours():
-            return
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-            if not 0 <= length <= 4096:
-                raise ValueError("a request has at most 4,096 bytes")
-            asked = json.loads(self.rfile.read(length) or b"{}")
-            if not isinstance(asked, dict):
-                raise ValueError("a request is a JSON object")
-            if self.path == "/new":
-                said = self.server.begin(asked)
-            elif self.path == "/step":
-                said = self.server.act(asked)
-            elif self.path == "/end":
-                said = {"ended": self.server.games.pop(asked.get("session"), None) is not None}
-            else:
-                raise ValueError("there are /new, /step and /end")
-            self.answer(200, "application/json", json.dumps(said).encode())
-        except (ValueError, TypeError) as error:
-            self.close_connection = True
-            self.answer(400, "text/plain", f"{error}\n".encode())
+    def post(self) -> tuple[int, str, bytes]:
+        length = int(self.headers.get("Content-Length", ""))
+        if not 0 <= length <= 4096:
+            raise ValueError("a request has at most 4,096 bytes")
+        asked = json.loads(self.rfile.read(length) or b"{}")
+        if not isinstance(asked, dict):
+            raise ValueError("a request is a JSON object")
+        does = {"/new": self.server.begin, "/step": self.server.act, "/end": self.server.end}
+        if self.path not in does:
+            raise ValueError("there are /new, /step and /end")
+        return 200, "application/json", json.dumps(does[self.path](asked)).encode()
 
     def log_message(self, *_) -> None:
         pass
@@ -255,23 +247,17 @@ class Handler(BaseHTTPRequestHandler):
 
 def bench(run: Run, frames: int, how: dict) -> str:
     """Play without a page: frames a second, where the time goes, and whether memory grows."""
-    game, spent = Game(run), {"transformer": 0.0, "VAE decoder": 0.0}
-    parts = {"transformer": run.dit, "VAE decoder": run.vae.decoder}
-    for name, part in parts.items():
-
-        def timed(*x, forward=part.forward, name=name):
-            begun = time.perf_counter()
-            made = forward(*x)
-            spent[name] += time.perf_counter() - begun
-            return made
-
-        part.forward = timed
+    game, spent = Game(run), Counter()  # seconds
+    for name, part in (("transformer", run.dit), ("VAE decoder", run.vae.decoder)):
+        part.register_forward_pre_hook(lambda *_, k=name: spent.update({k: -time.perf_counter()}))
+        part.register_forward_hook(lambda *_, k=name: spent.update({k: time.perf_counter()}))
     keys = np.random.default_rng(0).integers(1, len(game.world.actions) + 1, frames)
     keys = np.where(np.arange(frames) // 100 % 2, keys, 1).tolist()  # every other 100 frames: still
     vars(game.how).update(how)
     for key in keys[:20]:
         game.step(key)
-    spent, before = dict.fromkeys(spent, 0.0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spent.clear()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.perf_counter()
     for key in keys:
         game.step(key)
@@ -307,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, OverflowError) as error:
         print(f"play.py: {error}", file=sys.stderr)
         return 2
-    address = f"http://127.0.0.1:{server.server_address[1]}"
+    address = f"http://127.0.0.1:{server.server_port}"
     print(f"{address} plays {first}; Ctrl-C stops", flush=True)
     if not args.no_open:
         webbrowser.open(address)
