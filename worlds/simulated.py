@@ -3,23 +3,25 @@
 The problem. To say whether a network has learned how a world works, one must know how it works:
 what happens behind a wall, or what another key would have done. Of real videos nobody knows.
 
-The idea. A world here is four functions over states of n clips at once (a dict of arrays [n, ...]):
+The idea. A world here is six functions over states of n clips at once (a dict of arrays [n, ...]):
 
     begin(u)  u [n, draws] in [0, 1) -> state          where a clip starts
-    act(state, u) -> actions [n]                       who plays
+    act(state, u)  u [n, 4] -> actions [n]             who plays: numbers in `actions`, from 1
     step(state, actions) -> state                      what happens: no chance in it
-    render(state) -> pixels [n, C, H, W]               what is seen
+    render(state) -> pixels [n, C, H, W] uint8         what is seen
+    read(pixels [C, T, H, W]) -> state, [T, ...]       what can be seen of it, in pixels alone
+    describe(states, actions [T]) -> caption, brief    of one clip, whose states are [T, ...]
 
-and `read`, which finds the state again in pixels alone: in ours, or in what a network makes. Clip i
-is then a pure function of (seed, i), as `data.World` asks, and what it would have been under other
-actions is known, too.
+`read` finds the state again in our pixels, or in what a network makes, by the names that it has
+there. Clip i is then a pure function of (seed, i), as `data.World` asks, and what it would have
+been under other actions is known, too.
 """
 
 import numpy as np
 
 from data import Clip, World, WorldConfig, hashed_uniform
 
-DRAWS = 64  # random numbers that decide where a clip starts; as many again for each frame that is
+DRAWS = 64  # random numbers that decide where a clip starts; then there are 4 for each frame
 
 State = dict[str, np.ndarray]
 
@@ -30,32 +32,6 @@ class Simulated(World):
     def __init__(self, config: WorldConfig):
         super().__init__(config)
         self.fps, self.shapes, self.image_shapes = config.fps, (self.size,), ()
-
-    def begin(self, u: np.ndarray) -> State:
-        raise NotImplementedError
-
-    def act(self, state: State, u: np.ndarray) -> np.ndarray:
-        """What the one who plays does next: [n]. u [n, 4] is random."""
-        raise NotImplementedError
-
-    def step(self, state: State, action: np.ndarray) -> State:
-        """The state a frame later. action [n]: 1, 2, ... in the order of `actions`."""
-        raise NotImplementedError
-
-    def render(self, state: State) -> np.ndarray:
-        """[n, C, H, W] uint8."""
-        raise NotImplementedError
-
-    def read(self, pixels: np.ndarray) -> State:
-        """The state of each frame from its pixels [C, T, H, W] alone: arrays [T, ...], by the names
-        that they have in a state."""
-        raise NotImplementedError
-
-    def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
-        """A clip's caption and brief. Arrays are [T, ...]."""
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------------ the contract of clips
 
     def played(self, i, frames: int, actions=None, after: int = 1) -> tuple[State, np.ndarray]:
         """Clips i [n] from their start: states [frames, n, ...], actions [frames, n]. With actions
