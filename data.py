@@ -319,20 +319,19 @@ class Digits(World):
         start = tries[np.arange(n), apart.argmax(1)]  # [n, 2, 2]
         return {"sprite": sprite, "start": start, "velocity": velocity, "present": present}
 
-    def after(self, raw: dict, sizes: np.ndarray, frames: np.ndarray) -> dict[str, np.ndarray]:
-        """Where the boxes are and how they move after `frames` [n, ...]: start and velocity
-        [n, ..., 2, 2] (row, column). Bouncing folds a straight line."""
-        n, more = len(frames), [1] * (frames.ndim - 1)
-        room = np.asarray(sizes)[:, 1:].reshape(n, *more, 1, 2) - self.config.digit
-        start, velocity = (raw[x].reshape(n, *more, 2, 2) for x in ("start", "velocity"))
-        there = (start + velocity * frames[..., None, None]) % np.maximum(2 * room, 1)  # no walls
+    def after(self, raw: dict, sizes: np.ndarray, frames) -> dict[str, np.ndarray]:
+        """Where the boxes are and how they move after so many frames (int or [n]): start and
+        velocity [n, 2, 2] (row, column). Bouncing folds a straight line."""
+        room, velocity = np.asarray(sizes)[:, None, 1:] - self.config.digit, raw["velocity"]
+        straight = raw["start"] + velocity * np.reshape(frames, (-1, 1, 1))
+        there = straight % np.maximum(2 * room, 1)  # as if there were no walls
         back = (there > room) | (there == room) & (velocity > 0) | (there == 0) & (velocity < 0)
         velocity = np.where(back & (room > 0), -1, 1) * velocity
         return {"start": np.minimum(there, 2 * room - there), "velocity": velocity}
 
     def path(self, raw: dict, sizes: np.ndarray, frames: int) -> np.ndarray:
         """Where the boxes are: [n, frames, 2, 2] (row, column)."""
-        return self.after(raw, sizes, np.tile(np.arange(frames), (len(sizes), 1)))["start"]
+        return np.stack([self.after(raw, sizes, t)["start"] for t in range(frames)], axis=1)
 
     def render(self, raw: dict, size) -> np.ndarray:
         """n clips of one size (T, H, W) -> pixels [n, 1, T, H, W] uint8."""
@@ -341,12 +340,11 @@ class Digits(World):
         canvas = np.zeros((n, T, H, W), np.uint8)
         clip, frame = np.arange(n)[:, None, None, None], np.arange(T)[:, None, None]
         for k in range(2):
-            on = np.flatnonzero(raw["present"][:, k])
-            rows = path[on, :, k, 0, None, None] + np.arange(d)[:, None]  # [n, T, d, 1]
-            columns = path[on, :, k, 1, None, None] + np.arange(d)  # [n, T, 1, d]
-            where = (clip[on], frame, rows, columns)
-            sprites = self.sprites[raw["sprite"][on, k]][:, None]  # [n, 1, d, d]
-            canvas[where] = np.maximum(canvas[where], sprites)  # crossing: the brighter wins
+            rows = path[:, :, k, 0, None, None] + np.arange(d)[:, None]  # [n, T, d, 1]
+            columns = path[:, :, k, 1, None, None] + np.arange(d)  # [n, T, 1, d]
+            sprites = self.sprites[raw["sprite"][:, k]] * raw["present"][:, k, None, None]
+            where = (clip, frame, rows, columns)  # crossing: the brighter wins
+            canvas[where] = np.maximum(canvas[where], sprites[:, None])  # [n, T, d, d]
         return canvas[:, None]
 
     def describe(self, raw: dict, sizes: np.ndarray) -> list[dict]:
@@ -403,15 +401,14 @@ class Digits(World):
 
 # --------------------------------------------------------------------------------------- captions
 
-REGIONS = ("top left", "top centre", "top right", "middle left", "middle centre", "middle right",
-           "bottom left", "bottom centre", "bottom right")  # fmt: skip
+REGIONS = ("top", "middle", "bottom"), ("left", "centre", "right")  # by row, by column
 NUMBERS = "zero one two three four five six seven eight nine".split()
 
 
 def region(start, room) -> str:
     """Where a box starts, in thirds of the way it could go."""
-    row, column = (int(3 * s / (r + 1)) for s, r in zip(start, room, strict=True))
-    return REGIONS[3 * row + column]
+    places = zip(REGIONS, start, room, strict=True)
+    return " ".join(names[int(3 * at / (far + 1))] for names, at, far in places)
 
 
 def article(digit: int) -> str:
@@ -475,7 +472,7 @@ def descriptive_caption(facts: dict) -> str:
 def enlarge(clip: np.ndarray, scale: int) -> np.ndarray:
     """uint8 [C, T, H, W] -> frames for people [T, scale H, scale W, 3]."""
     frames = clip.transpose(1, 2, 3, 0)  # [T, H, W, C]
-    frames = np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[3] == 1 else frames
+    frames = np.broadcast_to(frames, (*frames.shape[:3], 3))  # gray in three colours, too
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
@@ -483,24 +480,25 @@ FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc"
 
 
 @cache
-def fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own, and those of this machine that have more letters than it."""
+def fonts() -> dict[ImageFont.FreeTypeFont, bytes]:
+    """Pillow's own, and those of this machine that have more letters than it; with the empty box
+    that each shows for a letter that it lacks."""
     found = [ImageFont.load_default()]
     for name in FONTS:
         with suppress(OSError):
             found.append(ImageFont.truetype(name, 11))
-    return found
+    return {font: bytes(font.getmask("\U0010ffff")) for font in found}
 
 
 @cache
 def lettering(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
     """A title and the font that has most of its letters; for others there is a plain note."""
-    missing = {font: bytes(font.getmask("\U0010ffff")) for font in fonts()}  # an empty box
-    lacking = {font: [x for x in set(text) if not x.isspace() and bytes(font.getmask(x)) == box]
-               for font, box in missing.items()}  # fmt: skip
-    font = min(lacking, key=lambda font: len(lacking[font]))
-    left = "".join(x for x in text if x not in lacking[font]).strip()
-    return left + " (and letters that no font here has)" * (len(lacking[font]) > 0), font
+    letters = set("".join(text.split()))
+    lacks = {font: {x for x in letters if bytes(font.getmask(x)) == box}
+             for font, box in fonts().items()}  # fmt: skip
+    font = min(lacks, key=lambda font: len(lacks[font]))
+    left = "".join(x for x in text if x not in lacks[font]).strip()
+    return left + " (and letters that no font here has)" * bool(lacks[font]), font
 
 
 def sheet(clips, titles, columns=1, scale=3, most=9, marks=None) -> Image.Image:
