@@ -37,7 +37,7 @@ import numpy as np
 
 import data
 import prompting
-from data import HERE, sheet
+from data import HERE, enlarge, sheet
 from prompting import Run, extend, new, settings
 from sample import Parser
 from worlds.media import write_gif
@@ -45,6 +45,8 @@ from worlds.media import write_gif
 MOST, IDLE = 8, 60  # sessions at once; seconds after which one that nobody plays may end
 KEPT = 600  # frames for a recording
 FOREVER = 5000  # frames of a clip; then the next one goes on from its end
+
+load = cache(prompting.load_run)  # each run once
 
 
 class Game:
@@ -126,11 +128,6 @@ class Game:
 # --------------------------------------------------------------------------------------- the server
 
 
-@cache
-def load(run: str) -> Run:
-    return prompting.load_run(run)
-
-
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -177,9 +174,9 @@ class Server(ThreadingHTTPServer):
 
 def as_pixels(frame: np.ndarray) -> dict:
     """[C, H, W] -> what a canvas takes."""
-    rgb = np.broadcast_to(frame, (3, *frame.shape[1:])).transpose(1, 2, 0)
-    text = base64.b64encode(np.ascontiguousarray(rgb).tobytes()).decode()
-    return {"height": frame.shape[1], "width": frame.shape[2], "rgb": text}
+    rgb = enlarge(frame[:, None], scale=1)[0]  # [H, W, 3]
+    text = base64.b64encode(rgb.tobytes()).decode()
+    return {"height": len(rgb), "width": rgb.shape[1], "rgb": text}
 
 
 class Handler(BaseHTTPRequestHandler):
