@@ -432,26 +432,24 @@ class Batch:
             eps = [torch.randn(vae.channels, t, h, w, generator=g) for g in generators]
             return torch.stack(eps).to(run.device)  # [N, Z, t, h, w]
 
-        x = eps = noise()
-        given = x.new_zeros(len(x), vae.channels + run.ft, t, h, w)
-        level, fixed = x.new_full((t,), self.tasks[0].strength), torch.arange(t).to(x) < k
+        eps = noise()
+        clean = torch.zeros_like(eps) if source is None else source
+        given = eps.new_zeros(len(eps), vae.channels + run.ft, t, h, w)
         area = max(H * W for H, W in run.world["shapes"]) // vae.space_factor**2
         ratio = max(1.0, t * h * w / (run.window * area)) * run.config["shift"]
-        if source is not None:  # the level from which the last `strength` of all steps fall
-            level = diffusion.shift_level(level, ratio)
-            x = diffusion.add_noise(source, eps, level[:, None, None])
+        # The level from which the last `strength` of all steps fall; what is known has its own.
+        level = diffusion.shift_level(eps.new_full((t,), self.tasks[0].strength), ratio)
+        fixed, own = torch.arange(t).to(eps) < k, 0.0
         if k:
-            latent = torch.cat([past, torch.zeros_like(eps[:, :, k:])], dim=2)
-            given = noisy_past(latent, k, self.how.noise, noise(), run.ft)
-            level = torch.where(fixed, self.how.noise, level)
-            noisy = diffusion.add_noise(latent, eps, level[:, None, None])
-            x = torch.where(fixed[:, None, None], noisy, x)
+            clean, own = torch.cat([past, clean[:, :, k:]], dim=2), self.how.noise
+            given = noisy_past(clean, k, own, noise(), run.ft)
         elif window.known.any():
-            known = torch.from_numpy(window.known).to(run.device).expand(len(x), -1)
+            known = torch.from_numpy(window.known).to(run.device).expand(len(eps), -1)
             video = video_of(run, self.video, window.first, n)
             given, (fixed, *_) = run.vae.encode_known(video, known)  # [t], the same for each clip
-            level = torch.where(fixed, 0.0, level)
-            x = torch.where(fixed[:, None, None], given[:, : vae.channels], x)
+            clean = torch.where(fixed[:, None, None], given[:, : vae.channels], clean)
+        level = torch.where(fixed, own, level)
+        x = diffusion.add_noise(clean, eps, level[:, None, None])
         levels = level_table(self.how.steps, level, fixed, ratio)
         how = self.how.eta, run.config["prediction"], generators
         return diffusion.sample(self.denoiser(window, given), x, levels, *how)
