@@ -38,14 +38,13 @@ class Simulated(World):
         [frames], those are done before each frame from `after` on."""
         u = hashed_uniform(self.config.seed, i, 2 + DRAWS + 4 * frames)[:, 2:]
         state, done = self.begin(u[:, :DRAWS]), np.zeros(len(u), int)
-        states, done_by = [], []
-        for random in u[:, DRAWS:].reshape(len(u), frames, 4).swapaxes(0, 1):
+        states, done_by, u = [state], [done], u[:, DRAWS:].reshape(len(u), frames, 4)
+        for t in range(1, frames):
+            said = actions is not None and t >= after
+            done = np.full(len(u), actions[t]) if said else self.act(state, u[:, t - 1])
+            state = self.step(state | {"done": done}, done)
             states.append(state)
             done_by.append(done)
-            done = self.act(state, random)
-            if actions is not None and len(states) >= after and len(states) < frames:
-                done = np.full(len(u), actions[len(states)])
-            state = self.step(state | {"done": done}, done)
         return {k: np.stack([s[k] for s in states]) for k in states[0]}, np.stack(done_by)
 
     def clips(
@@ -58,12 +57,11 @@ class Simulated(World):
         clips = []
         for k, (first, last) in enumerate(zip(later, later + T, strict=True)):
             own = {name: value[first:last, k] for name, value in states.items()}
+            acts = done[first:last, k]
             name = f"{'image' if image else 'clip'} {i[k]} of seed {self.config.seed}"
-            said = self.describe(own, done[first:last, k])
+            name += f", from frame {first}" * bool(first)
             seen = self.render(own).swapaxes(0, 1) if pixels else None  # [C, T, H, W]
-            clip = Clip(name + f", from frame {first}" * bool(first), *said, seen, facts=own)
-            clip.actions = done[first:last, k] if self.actions else None
-            clips.append(clip)
+            clips.append(Clip(name, *self.describe(own, acts), seen, acts, own))
         return clips
 
 
