@@ -51,7 +51,7 @@ class Game(Simulated):
             "layout": layout,
             "ball": ball,  # [n, 2]: its row and column
             "sign": sign,  # [n, 2]: which way it goes
-            "speed": np.full(n, 2 if beyond else 1),  # cells a frame
+            "speed": np.full(n, 2 if beyond else 1),  # cells a frame, the same in all clips
             "paddle": chosen(u[:, 49], range(SIDE - PADDLE + 1)),  # [n]: its left end
             "palette": 1 + u[:, 50 : 50 + len(COLORS)].argsort()[:, :ROWS],  # of the rows
             "style": chosen(u[:, 56], (0, 0, 0, 0, 1, 1, 1, 2)),
@@ -70,22 +70,21 @@ class Game(Simulated):
         paddle = state["paddle"] + (action == 3) - (action == 2)
         paddle = paddle.clip(0, SIDE - PADDLE)
         ball, sign, bricks = (state[name].copy() for name in ("ball", "sign", "bricks"))
-        for k in range(state["speed"].max(initial=0)):
-            moving = k < state["speed"]
+        for _ in range(state["speed"].max(initial=0)):
             for axis in (1, 0):  # sideways, then up or down
                 to = ball.copy()
                 to[:, axis] += sign[:, axis]
-                hit = bricks & touched(to) & moving[:, None, None]
+                hit = bricks & touched(to)
                 bricks &= ~hit
                 back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
                 if axis == 0:
-                    low, on = (to[:, 0] == FLOOR) & moving, to[:, 1] - paddle
+                    low, on = to[:, 0] == FLOOR, to[:, 1] - paddle
                     caught = low & (on >= 0) & (on < PADDLE)
                     aside = np.where(2 * on >= PADDLE, 1, -1)
                     sign[:, 1] = np.where(caught, aside, sign[:, 1])
                     back |= caught
-                sign[:, axis] = np.where(back & moving, -sign[:, axis], sign[:, axis])
-                ball[:, axis] = np.where(moving & ~back, to[:, axis], ball[:, axis])
+                sign[:, axis] = np.where(back, -sign[:, axis], sign[:, axis])
+                ball[:, axis] = np.where(back, ball[:, axis], to[:, axis])
             ball[low & ~caught], sign[low & ~caught] = (SIDE // 2, SIDE // 2), (1, 1)
         cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
         bricks = np.where(cleared[:, None, None], state["layout"], bricks)
