@@ -744,7 +744,7 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
     world = open_world(WorldConfig("game"))
     empty = np.zeros((game.ROWS, game.COLUMNS), bool)
     wall = empty | (np.arange(game.ROWS) == 3)[:, None]  # in row 4 of the cells
-    free = {"bricks": wall, "layout": wall, "speed": 1, "paddle": 0}
+    free = {"bricks": wall, "palette": [5, 6, 2, 1], "speed": 1, "paddle": 0}
 
     def after(action: int = 1, **changes) -> dict:
         state = world.step(alone(world, **free | changes), np.array([action]))
@@ -758,14 +758,15 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
     ):  # fmt: skip
         state = after(ball=ball, sign=sign)
         assert (state["ball"], state["sign"], state["bricks"]) == (to, way, wall.tolist())
-    state = after(ball=(0, 5), sign=(-1, 1), bricks=empty, layout=empty)
+    state = after(ball=(0, 5), sign=(-1, 1), bricks=empty)
     assert (state["ball"], state["sign"]) == ([0, 6], [1, 1])
     state = after(ball=(5, 4), sign=(-1, 1))
     assert np.argwhere(wall & ~np.array(state["bricks"])).tolist() == [[3, 2]]
     assert state["sign"] == [1, 1] and state["ball"] == [5, 5]
     last = empty.copy()
     last[3, 2] = True
-    assert after(ball=(5, 4), sign=(-1, 1), bricks=last)["bricks"] == wall.tolist()  # all again
+    state = after(ball=(5, 4), sign=(-1, 1), bricks=last)  # all are there again, in other colours
+    assert np.all(state["bricks"]) and state["palette"] == [1, 2, 3, 4]
     for action, paddle in ((1, 4), (2, 3), (3, 5)):
         assert after(action, ball=(8, 8), sign=(1, 1), paddle=4)["paddle"] == paddle
     assert after(2, ball=(8, 8), sign=(1, 1))["paddle"] == 0
