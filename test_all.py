@@ -775,7 +775,7 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
 
 def test_strokes_stay_and_the_eraser_bites():
     world = open_world(WorldConfig("paint"))
-    state = alone(world, paper=np.zeros((8, 8), int), brush=(5, 2), down=False, tool=1)
+    state = alone(world, paper=np.zeros((7, 8), int), brush=(5, 2), down=False, tool=1)
     for action in (5, 6, 5, 5, 3, 6, 5):  # right; down: right, right, down; lifted: right
         state = world.step(state, np.array([action]))
     painted = [[5, 3], [5, 4], [5, 5], [6, 5]]

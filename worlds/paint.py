@@ -1,9 +1,10 @@
 """A digital world: painting. What the brush does to the paper stays there.
 
-The paper has 8 x 8 cells of 4 x 4 pixels, and the brush is at one of them. While it is down, it
-marks this cell in its colour; the eraser, the last of its tools, takes a bite of 3 x 3 cells. The
-brush is seen as a ring inside the cell, in a darker shade of its colour: all of the ring while it
-is down, only two sides while it is lifted. It hides no cell entirely, so a frame shows it all.
+The paper has 7 x 8 cells of 4 x 4 pixels, and the brush is at one of them, seen as a dark ring that
+leaves the middle of its cell in sight. While it is down, it marks this cell in its colour; the
+eraser, the last of its tools, takes a bite of 3 x 3 cells. As in paint programs, a bar below the
+paper shows the tool: all of the bar is in its colour while it is down, half of it while it is
+lifted. So one frame says everything.
 
 In training, one of three paints: one who draws lines; one who draws squares; one who presses keys
 at random, and holds them. The first two press a random key now and then.
@@ -13,14 +14,14 @@ import numpy as np
 
 from worlds.simulated import Simulated, State, chosen
 
-SIDE, CELL = 8, 4  # cells of the paper; pixels of a cell
+CELL, PAPER = 4, np.array((7, 8))  # pixels of a cell; rows and columns of cells, without the bar
 COLORS = {"red": (225, 35, 60), "yellow": (250, 200, 0),
           "green": (40, 190, 90), "blue": (50, 100, 245)}  # fmt: skip
 TOOLS, ERASER = (*COLORS, "the eraser"), len(COLORS)
 CELLS = np.array([(245, 242, 230), *COLORS.values()], np.uint8)  # clean, and painted
-RINGS = np.array([*0.55 * CELLS[1:], (200, 0, 200)]).astype(np.uint8)  # of each tool
-EDGE = np.isin(np.arange(CELL), (0, CELL - 1))
-SHOWN = np.stack([EDGE | np.zeros((CELL, 1), bool), EDGE[:, None] | EDGE])  # a ring: lifted, down
+BARS = np.array([*COLORS.values(), (255, 140, 225), (50, 50, 60)], np.uint8)  # tools; no tool
+RING = np.full((CELL, CELL), True)
+RING[1:-1, 1:-1] = False
 FIGURES, DRAWN, LEGS = 11, 5, 5  # of a plan; of a figure: its random numbers, and its goals
 WAYS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
 STYLES = ("the brush draws lines", "the brush draws squares", "the brush wanders")
@@ -46,22 +47,24 @@ class Paint(Simulated):
         tool = chosen(each[..., 1], (0, 0, 1, 1, 2, 3, 4)).cumsum(1) % len(TOOLS)
         # A figure starts near the one before, on a walk that the edges of the paper reflect.
         walk = chosen(each[..., 2:4], range(-3, 4)).cumsum(1)
-        walk += chosen(own[:, None, 2:4], range(SIDE)) + SIDE - 1
-        start = np.abs(walk % (2 * SIDE - 2) - SIDE + 1)  # [n, FIGURES, 2]
+        walk += (own[:, None, 2:4] * PAPER).astype(int) + PAPER - 1
+        start = np.abs(walk % (2 * PAPER - 2) - PAPER + 1)  # [n, FIGURES, 2]
         end = start + chosen(each[..., 4], range(2, 5))[..., None] * WAYS[way]
-        end = np.where((end < 0) | (end >= SIDE), 2 * start - end, end)  # to where there is room
-        paper = np.zeros((len(u), SIDE, SIDE), int)
+        end = np.where((end < 0) | (end >= PAPER), 2 * start - end, end)  # to where there is room
+        end = end.clip(0, PAPER - 1)
+        paper = np.zeros((len(u), *PAPER), int)
         for k in range(first.max(initial=0)):
             paper = painted(paper, start[:, k], end[:, k], tool[:, k], earlier[:, k])
         if self.config.beyond:
             sign, shift = chosen(own[:, 4:5], (-1, 1)), chosen(own[:, 5:6], range(12))
-            along = np.arange(SIDE)[:, None] + (sign * np.arange(SIDE) + shift)[:, None]
+            row, column = map(np.arange, PAPER)
+            along = row[:, None] + (sign * column + shift)[:, None]
             paper = np.where(along % 3 < 2, 1 + along // 3 % len(COLORS), 0)
         plan, at = goals(start, end, tool, way), LEGS * first + chosen(own[:, 6], range(LEGS))
         row, column, down, tool = plan[np.arange(len(u)), at - 1].T
         brush, down = np.column_stack([row, column]), down > 0
         return {
-            "paper": painted(paper, brush, brush, tool, down),  # [n, SIDE, SIDE]: 0 is clean
+            "paper": painted(paper, brush, brush, tool, down),  # [n, 7, 8]: 0 is clean
             "brush": brush,  # [n, 2]: the row and column of its cell
             "down": down,
             "tool": tool,
@@ -84,7 +87,7 @@ class Paint(Simulated):
     def step(self, state: State, action: np.ndarray) -> State:
         row = (action == 3).astype(int) - (action == 2)
         column = (action == 5).astype(int) - (action == 4)
-        brush = (state["brush"] + np.column_stack([row, column])).clip(0, SIDE - 1)
+        brush = (state["brush"] + np.column_stack([row, column])).clip(0, PAPER - 1)
         down, tool = state["down"] ^ (action == 6), (state["tool"] + (action == 7)) % len(TOOLS)
         paper, at = painted(state["paper"], brush, brush, tool, down), state["at"]
         now, k = np.column_stack([brush, down, tool]), np.arange(len(at))
@@ -93,29 +96,31 @@ class Paint(Simulated):
         return state | {"paper": paper, "brush": brush, "down": down, "tool": tool, "at": at}
 
     def render(self, state: State) -> np.ndarray:
-        frames = CELLS[state["paper"]].repeat(CELL, axis=1).repeat(CELL, axis=2)
-        place, shown = inside(state["brush"]), SHOWN[state["down"].astype(int)]  # [n, CELL, CELL]
-        ring = RINGS[state["tool"]][:, None, None]
-        frames[place] = np.where(shown[..., None], ring, frames[place])
+        half = np.stack([state["tool"], np.where(state["down"], state["tool"], -1)], 1)  # [n, 2]
+        bar = BARS[half].repeat(PAPER[1] // 2, axis=1)[:, None]  # [n, 1, 8, 3]
+        frames = np.concatenate([CELLS[state["paper"]], bar], axis=1)  # [n, 8, 8, 3]
+        frames = frames.repeat(CELL, axis=1).repeat(CELL, axis=2)
+        frames[:, CELL * PAPER[0]] = BARS[-1]  # where the paper ends
+        place = inside(state["brush"])
+        frames[place] = np.where(RING[..., None], BARS[-1], frames[place])
         return frames.transpose(0, 3, 1, 2)
 
     def read(self, pixels: np.ndarray) -> State:
-        """The brush is where pixels look most like its ring and least like paint; a blurred ring is
-        a lighter one. A cell is what its pixels look most like, but for those of the ring."""
+        """The brush is where the pixels of a ring look most like it, and least like paint. A cell,
+        and a half of the bar, is what its pixels look most like, but for those of the ring."""
+        T, (rows, columns) = pixels.shape[1], PAPER
         x = pixels.swapaxes(0, 1)  # [T, 3, H, W]
-        cells, rings = unlike(x, CELLS), unlike(x, RINGS)
-        rings = np.minimum(rings, unlike(x, 0.7 * RINGS + 0.3 * CELLS[0]))
-        gain = cells.min(1, keepdims=True) - rings  # [T, tools, H, W]
-        gain = gain.reshape(*gain.shape[:2], SIDE, CELL, SIDE, CELL)
-        score = np.einsum("tkrycx,dyx->trcdk", gain, SHOWN)
-        best = score.reshape(len(x), -1).argmax(1)
-        row, column, down, tool = np.unravel_index(best, score.shape[1:])
-        brush = np.column_stack([row, column])
-        bare = np.ones((len(x), CELL * SIDE, CELL * SIDE), bool)
-        bare[inside(brush)] = ~SHOWN[down]
-        cells = (cells * bare[:, None]).reshape(-1, len(CELLS), SIDE, CELL, SIDE, CELL)
-        paper = cells.sum((3, 5)).argmin(1)
-        return {"paper": paper, "brush": brush, "down": down > 0, "tool": tool}
+        paper, bar = x[:, :, : rows * CELL], x[:, :, rows * CELL + 1 :]
+        cells = unlike(paper, CELLS)  # [T, colours, H, W]
+        gain = cells.min(1) - unlike(paper, BARS[-1:])[:, 0]  # [T, H, W]
+        ring = np.einsum("trycx,yx->trc", gain.reshape(T, rows, CELL, columns, CELL), RING)
+        brush = np.column_stack(np.unravel_index(ring.reshape(T, -1).argmax(1), PAPER))
+        bare = np.ones((T, *CELL * PAPER), bool)
+        bare[inside(brush)] = ~RING
+        cells = (cells * bare[:, None]).reshape(T, len(CELLS), rows, CELL, columns, CELL)
+        halves = unlike(bar, BARS).reshape(T, len(BARS), CELL - 1, 2, -1).sum((2, 4))  # [T, bars, 2]
+        tool, down = halves[:, :-1, 0].argmin(1), halves[..., 1].argmin(1) < len(TOOLS)
+        return {"paper": cells.sum((3, 5)).argmin(1), "brush": brush, "down": down, "tool": tool}
 
     @staticmethod
     def lasting(caption: str) -> str:
@@ -129,11 +134,13 @@ class Paint(Simulated):
 
 
 def painted(paper: np.ndarray, start, end, tool: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """The paper [n, SIDE, SIDE] after tools went along the square, or line, with the corners start
-    and end [n, 2], where they were down."""
+    """The paper [n, rows, columns] after tools went along the square, or line, with the corners
+    start and end [n, 2], where they were down."""
     low, high = np.minimum(start, end)[..., None], np.maximum(start, end)[..., None]  # [n, 2, 1]
-    outside = np.maximum(low - np.arange(SIDE), np.arange(SIDE) - high)  # of its rows, its columns
-    away = np.abs(np.maximum(outside[:, 0, :, None], outside[:, 1, None]))  # [n, SIDE, SIDE]
+    cell = np.arange(PAPER.max())
+    outside = np.maximum(low - cell, cell - high)  # of its rows, its columns [n, 2, 8]
+    away = np.maximum(outside[:, 0, : PAPER[0], None], outside[:, 1, None])
+    away = np.abs(away)  # [n, rows, columns]: 0 on its outline
     touched = (away <= (tool == ERASER)[:, None, None]) & down[:, None, None]
     return np.where(touched, (tool + 1)[:, None, None] % len(TOOLS), paper)
 
