@@ -196,11 +196,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers.get("Host") in mine and self.headers.get("Origin") in origins:
                 status, kind, body = answer()
             else:
-                status, kind, body = (
-                    403,
-                    "text/plain",
-                    b"only pages of this machine may play here\n",
-                )
+                body = b"only pages of this machine may play here\n"
+                status, kind = 403, "text/plain"
         except (ValueError, TypeError) as error:
             status, kind, body = 400, "text/plain", f"{error}\n".encode()
         self.close_connection |= status != 200  # not all of the request may have been read

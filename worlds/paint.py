@@ -118,7 +118,8 @@ class Paint(Simulated):
         bare = np.ones((T, *CELL * PAPER), bool)
         bare[inside(brush)] = ~RING
         cells = (cells * bare[:, None]).reshape(T, len(CELLS), rows, CELL, columns, CELL)
-        halves = unlike(bar, BARS).reshape(T, len(BARS), CELL - 1, 2, -1).sum((2, 4))  # [T, bars, 2]
+        halves = unlike(bar, BARS).reshape(T, len(BARS), CELL - 1, 2, -1)
+        halves = halves.sum((2, 4))  # [T, bars, 2]
         tool, down = halves[:, :-1, 0].argmin(1), halves[..., 1].argmin(1) < len(TOOLS)
         return {"paper": cells.sum((3, 5)).argmin(1), "brush": brush, "down": down, "tool": tool}
 
