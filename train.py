@@ -51,7 +51,7 @@ from sample import Parser, frame_rate
 from training import batches, cache, checkpoints, cost, items, recaption, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
-from training.processes import alone_in, barrier, keep_memory, rank, ranks, seeded
+from training.processes import alone_in, barrier, keep_memory, own_parts, rank, seeded
 from vae import VAE, VAEConfig, to_float
 from worlds.media import write_gif
 
@@ -271,14 +271,15 @@ def make_dit(c: Config, vocabulary: int, world: World) -> DiT:
 # ------------------------------------------------------------------------------------- the stages
 
 
-def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> None:
+def train_vae(c: Config, world: World, device: torch.device) -> None:
     torch.manual_seed(c.seed)  # initial weights
     vae = make_vae(c, world)
     every = np.flatnonzero(~world.held_back(np.arange(len(world))))
     kinds = {image: batches.kinds(world.sizes(every, image)) for image in (False, True)}
     largest = int(kinds[False][0].prod(1).max())
+    own, many = own_parts(c.accumulate)
 
-    def make(step: int, part: int, of: int = ranks() * c.accumulate) -> tuple:
+    def make(step: int, part: int, of: int = many) -> tuple:
         """A part of a step: video, noise, its share in the mean. The step's clips are of one
         size, another one each step; in every eighth step images: a video's first frame is an image
         to a causal VAE."""
@@ -292,8 +293,7 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
         video = torch.from_numpy(np.stack([clips[k].pixels for k in here] or [blank]))
         return video, noise[mine][here or [0]], len(here) / len(pick)
 
-    def batch(step: int) -> list[tuple[Tensor, Tensor, float]]:
-        own = range(rank() * c.accumulate, (rank() + 1) * c.accumulate)
+    def parts(step: int) -> list[tuple[Tensor, Tensor, float]]:
         return [make(step, part) for part in own]
 
     def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
@@ -309,41 +309,36 @@ def train_vae(c: Config, world: World, facts: dict, device: torch.device) -> Non
     def measure(averaged: VAE) -> None:
         averaged.measure_statistics(video.to(device) for video in some())
 
-    def steps(first: int) -> Iterator[list]:
-        yield from items.made_ahead(batch, range(first, c.vae_steps), c.workers * world.slow)
-
-    facts = facts | {"model": asdict(vae.config)}
-    start = checkpoints.starting_from(c, c.folder, "vae")
+    start = checkpoints.starting_from(c, "vae")
     if c.vae_pca and not start:
         vae.begin(some())
     checkpoints.begin_with(vae, start)
-    fit(Stage("vae", vae, c.vae_steps, c.vae_lr, steps, loss, facts, finish=measure),
-        c, c.folder, device)  # fmt: skip
+    fit(Stage("vae", vae, c.vae_steps, c.vae_lr, parts, loss, {"world": world.about()},
+              c.workers * world.slow, finish=measure), c, device)  # fmt: skip
 
 
-def train_text(c: Config, world: World, facts: dict, vae: VAE, device: torch.device) -> None:
-    start = checkpoints.starting_from(c, c.folder, "text")
-    tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world).words)
+def tokenizer_of(c: Config, world: World, name: str) -> Tokenizer:
+    """Of the network that training starts from, or else of this world."""
+    words = checkpoints.starting_from(c, name).get("words")
+    return Tokenizer(words or recaption.make_tokenizer(world).words)
+
+
+def train_text(c: Config, world: World, vae: VAE, device: torch.device) -> None:
+    tokenizer = tokenizer_of(c, world, "text")
     torch.manual_seed(c.seed + 2)  # initial weights
     model = make_text(c, tokenizer.size)
-    checkpoints.begin_with(model, start)
+    checkpoints.begin_with(model, checkpoints.starting_from(c, "text"))
     most = min(c.text_steps, 100 * len(recaption.labelled(world)[0]) // c.text_batch + 1)
 
-    def steps(first: int) -> Iterator[list]:
-        make = partial(recaption.read_lessons, world, tokenizer, c)
-        order = range(first, most)
-        for parts in items.made_ahead(make, order, c.workers * world.slow):
-            with prompting.bf16(device):
-                lessons = [recaption.encoded(vae, part) for part in parts]
-            yield lessons
-
-    def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
+    def loss(model: nn.Module, part: recaption.Part, step: int) -> tuple[Tensor, dict]:
         """The sum over this part's tokens, divided by how many there are in all parts."""
-        lessons, tokens = part
+        lessons, tokens = recaption.encoded(vae, part)
         return model(lessons)[0] / tokens, {"tokens": tokens}
 
-    facts = facts | {"model": asdict(model.config), "words": tokenizer.words}
-    fit(Stage("text", model, most, c.text_lr, steps, loss, facts), c, c.folder, device)
+    parts = partial(recaption.read_lessons, world, tokenizer, c)
+    facts = {"world": world.about(), "words": tokenizer.words}
+    fit(Stage("text", model, most, c.text_lr, parts, loss, facts, c.workers * world.slow),
+        c, device)  # fmt: skip
 
 
 def dit_loss(model: nn.Module, part: batches.Part, c: Config, step: int) -> tuple[Tensor, dict]:
@@ -370,44 +365,37 @@ def dit_loss(model: nn.Module, part: batches.Part, c: Config, step: int) -> tupl
     return error.sum() / part.patches, logs
 
 
-def train_dit(
-    c: Config, world: World, facts: dict, source: batches.Source, run: prompting.Run
-) -> None:
-    start, device = checkpoints.starting_from(c, c.folder, "dit"), run.vae.mean.device
+def train_dit(c: Config, world: World, source: batches.Source, run: prompting.Run) -> None:
+    device = run.device
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, run.tokenizer.size, world)
-    checkpoints.begin_with(dit, start)
+    checkpoints.begin_with(dit, checkpoints.starting_from(c, "dit"))
     dit.recompute = c.recompute
     if c.compile == "yes" or c.compile == "auto" and can_compile(device):
         for block in dit.blocks:
             block.compile()
-    aside = []  # what is only measured on
-
-    def steps(first: int) -> Iterator[list]:
-        workers = c.workers if device.type == "cuda" else 0
-        make = partial(batches.parts, source)
-        yield from items.made_ahead(make, range(first, c.steps), workers)
+    tasks = played(world, 8) if world.actions else prompted(run, world, 12)
+    few = tasks[:4] if world.actions else tasks[::2]
 
     def loss(model: nn.Module, part: batches.Part, step: int) -> tuple[Tensor, dict]:
         return dit_loss(model, part.to(device), c, step)
 
     def measure(averaged: nn.Module) -> float:
         """The loss on clips held back, with fixed noise."""
-        aside.extend([] if aside else batches.parts(source, batches.HELD_BACK))
+        aside = batches.parts(source, batches.HELD_BACK)
         return sum(loss(averaged, part, batches.HELD_BACK)[0].item() for part in aside)
 
     def show(averaged: DiT, step: int) -> None:
-        shown = replace(run, dit=averaged)
-        tasks = played(world, 4) if world.actions else prompted(shown, world, 12)[::2]
-        gallery(shown, tasks, c.folder / f"samples/{step:06d}.gif", {"steps": 12})
+        path = c.folder / f"samples/{step:06d}.gif"
+        gallery(replace(run, dit=averaged), few, path, {"steps": 12})
 
-    facts = facts | {"model": asdict(dit.config), "words": run.tokenizer.words}
-    stage = Stage("dit", dit, c.steps, c.lr, steps, loss, facts, show, measure=measure, large=True)
-    averaged = fit(stage, c, c.folder, device)
+    facts = {"world": world.about(), "words": run.tokenizer.words}
+    workers = c.workers if device.type == "cuda" else 0
+    stage = Stage("dit", dit, c.steps, c.lr, partial(batches.parts, source), loss, facts, workers,
+                  preview=show, measure=measure, large=True)  # fmt: skip
+    averaged = fit(stage, c, device)
     if rank() == 0:
-        shown = replace(run, dit=averaged)
-        tasks = played(world, 8) if world.actions else prompted(shown, world, 12)
-        gallery(shown, tasks, c.folder / "gallery.gif")
+        gallery(replace(run, dit=averaged), tasks, c.folder / "gallery.gif")
         print(f"wrote {c.folder / 'gallery.gif'}")
 
 
@@ -487,11 +475,10 @@ def main(c: Config) -> None:
     with alone_in(c.folder):
         if rank() == 0:
             checkpoints.write(c.folder / "config.json", json.dumps(asdict(c), indent=2).encode())
-        facts = {"world": world.about(), "config": asdict(c)}
         try:
             if world.slow:
                 cache.decode_once(world, c.folder / "cache", c.workers)
-            stages(c, world, facts, device)
+            stages(c, world, device)
         finally:
             world.close()
     if rank() == 0:
@@ -500,9 +487,9 @@ def main(c: Config) -> None:
         dist.destroy_process_group()
 
 
-def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
+def stages(c: Config, world: World, device: torch.device) -> None:
     if c.stage in ("all", "vae"):
-        train_vae(c, world, facts, device)
+        train_vae(c, world, device)
     if c.stage == "vae":
         return
     vae = prompting.load_vae(c.folder, device)
@@ -514,7 +501,7 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
     if c.stage == "text" and not some:
         raise ValueError("no clip has a caption to learn from")
     if c.stage in ("all", "text") and lacking and some:
-        train_text(c, world, facts, vae, device)
+        train_text(c, world, vae, device)
     if c.captions == "recaptioned" and prompting.find_weights(c.folder, "text").exists():
         language = prompting.load_language(c.folder, device)
     if c.stage in ("all", "text") and language:
@@ -522,11 +509,10 @@ def stages(c: Config, world: World, facts: dict, device: torch.device) -> None:
             words.caption_items(language, c, made, said, c.space_factor)
     if c.stage == "text":
         return
-    start = checkpoints.starting_from(c, c.folder, "dit")
-    tokenizer = Tokenizer(start.get("words") or recaption.make_tokenizer(world).words)
+    tokenizer = tokenizer_of(c, world, "dit")
     source = source_of(c, world, made, said, tokenizer)
     run = prompting.Run(vae, None, tokenizer, world.about(), asdict(c), language)
-    train_dit(c, world, facts, source, run)
+    train_dit(c, world, source, run)
 
 
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):

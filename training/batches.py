@@ -27,7 +27,7 @@ from data import World
 from language import NOTHING
 from prompting import noisy_past
 from training.items import Items
-from training.processes import deal, rank, ranks, seeded
+from training.processes import deal, own_parts, seeded
 
 # Share of the clips with actions of which each frame has a level of its own, rising along the clip
 # (Chen et al. 2024, "Diffusion forcing"). With one level, only the first frame after a known past
@@ -158,7 +158,7 @@ class Part:
 def parts(source: Source, step: int) -> list[Part]:
     """This process's parts of the batch of a step."""
     c, (drawn, plan) = source.c, draw_step(source, step)
-    many = ranks() * c.accumulate
+    own, many = own_parts(c.accumulate)
     if len(plan) < many:
         raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {many} parts")
     # What a row costs: its linear maps, and attention within each clip (see cost.py).
@@ -166,9 +166,8 @@ def parts(source: Source, step: int) -> list[Part]:
                for row in plan]  # fmt: skip
     dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in lengths], many)
     learned = sum(int(clip.free.sum()) * clip.patches for clip in drawn)
-    own = dealt[rank() * c.accumulate : (rank() + 1) * c.accumulate]
     most = -(-c.rows // many)  # rows of a part: always as many, some of them empty
-    return [make_part(source, step, rows, most, (drawn, plan, learned)) for rows in own]
+    return [make_part(source, step, dealt[k], most, (drawn, plan, learned)) for k in own]
 
 
 def make_part(source: Source, step: int, rows: list[int], most: int, batch: tuple) -> Part:

@@ -13,9 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Clip, World
-from training.items import made_ahead
 from training.loop import STOP
-from training.processes import barrier, rank, ranks
+from training.processes import barrier, made_ahead, rank, ranks
 
 MOST = 2**33  # bytes; more are decoded anew each time
 AT_ONCE = 16  # clips

@@ -137,11 +137,11 @@ def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut off
 
 
-def starting_from(c, out: Path, name: str) -> dict:
+def starting_from(c, name: str) -> dict:
     """The weights that --init-from has for a network, and what else is in their file; {} where it
     has none. Of a run that goes on, the words: its embeddings are of these, whatever captions have
     become since."""
-    for path in (out / f"{name}.pt", out / f"{name}.before.pt"):
+    for path in (c.folder / f"{name}.pt", c.folder / f"{name}.before.pt"):
         if path.exists():  # `resume` reads the rest
             return {"words": read_weights(path, "cpu").get("words")}
     if not c.init_from:

@@ -22,9 +22,7 @@ Alphabet: Z channels and t frames of h x w in the latent grid; ft frames to a la
 import json
 import os
 import shutil
-import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +36,7 @@ from patches import latent_actions
 from prompting import bf16
 from training.checkpoints import write
 from training.loop import STOP
-from training.processes import barrier, rank, ranks
+from training.processes import barrier, made_ahead, rank, ranks
 from vae import VAE, to_float
 
 FARTHEST = 6  # latent frames; how much later than its clip a window may start
@@ -131,23 +129,6 @@ def encode(vae: VAE, video: Tensor, plans: list[Plan]) -> list[tuple[Tensor, Ten
         for k, shown in zip(some, vae.encode_known(video[some], known)[0], strict=True):
             given[k] = shown
     return list(zip(latent, given, strict=True))
-
-
-class Made(torch.utils.data.Dataset):
-    def __init__(self, make: Callable):
-        self.make = make
-
-    def __getitem__(self, k: int):
-        return self.make(k)
-
-
-def made_ahead(make: Callable, order: range, workers: int) -> torch.utils.data.DataLoader:
-    """make(k) of each k in order, made ahead by worker processes, if there are any."""
-    workers = 0 if sys.platform == "win32" else workers
-    return torch.utils.data.DataLoader(
-        Made(make), batch_size=None, sampler=order, num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # nothing needs to be pickled
-    )  # fmt: skip
 
 
 def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:

@@ -17,11 +17,10 @@ number it goes on with the same clips and noise, and only floating point adds in
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from prompting import bf16
 from training.checkpoints import State, keep_best, log, resume, save
 from training.muon import Muon
-from training.processes import added, rank, ranks, shard, whole
+from training.processes import added, made_ahead, rank, ranks, shard, whole
 
 STOP = []  # signals that came in, asking to stop
 WARMUP = 0.03  # share of the steps in which the learning rate rises
@@ -42,16 +41,17 @@ MOST_SKIPPED = 3  # steps in a row that may fail
 
 @dataclass
 class Stage:
-    """A training. `batches` is closed when it ends or stops, and gives each process equally many
-    parts. `loss` gives a part's share of the step's loss, and logs."""
+    """A training. `parts` gives each process equally many; `loss`, a part's share of the step's
+    loss, and logs."""
 
     name: str
     model: nn.Module
     steps: int
     lr: float
-    batches: Callable[[int], Iterator[list]]  # (first step): our parts of each step
+    parts: Callable[[int], list]  # (step): our parts of its batch
     loss: Callable[[nn.Module, object, int], tuple[Tensor, dict]]  # (model, part, step)
-    facts: dict  # for the checkpoint: "model", "world", "config", and "words" if it reads any
+    facts: dict  # for the checkpoint: "world", and "words" if it reads any
+    workers: int = 0  # processes that make parts ahead
     preview: Callable[[nn.Module, int], None] | None = None  # (EMA model, step): draw a sample
     finish: Callable[[nn.Module], None] | None = None  # (EMA model), after the last step
     measure: Callable[[nn.Module], float] | None = None  # (EMA model): our share of a held-out loss
@@ -110,22 +110,23 @@ def prepare(stage: Stage, c, device) -> tuple[State, Callable[[], nn.Module]]:
     return State(model, averaged, make_optimizers(model, stage.lr)), ema
 
 
-def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
-    """Train to the end, from wherever out/<name>.pt stopped: the EMA model. c: a train.Config."""
-    (state, ema), path = prepare(stage, c, device), out / f"{stage.name}.pt"
+def fit(stage: Stage, c, device: torch.device) -> nn.Module:
+    """Train to the end, from wherever <name>.pt stopped: the EMA model. c: a train.Config."""
+    (state, ema), path = prepare(stage, c, device), c.folder / f"{stage.name}.pt"
+    facts = stage.facts | {"model": asdict(stage.model.config), "config": asdict(c)}
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in state.optimizers]
-    resume(state, path, stage.facts)
+    resume(state, path, facts)
     weights, means = list(state.model.parameters()), list(state.averaged.parameters())
     alone, sharded = ranks() == 1, isinstance(weights[0], DTensor)
     learner = state.model if alone or sharded else DistributedDataParallel(state.model)
     in_a_row, logged, begun = 0, state.step, time.perf_counter()
     bar = tqdm(total=stage.steps, initial=state.step, desc=stage.name, unit="step", disable=rank())
-    with closing(stage.batches(state.step)) as batches, bar:
-        while state.step < stage.steps:
+    with bar:
+        for parts in made_ahead(stage.parts, range(state.step, stage.steps), stage.workers):
             share = learning_rate(state.step, stage.steps)
             for optimizer, peak in zip(state.optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = share * peak
-            loss, logs = gradients(stage, learner, next(batches), state.step, device)
+            loss, logs = gradients(stage, learner, parts, state.step, device)
             norm = nn.utils.clip_grad_norm_(weights, CLIP)
             norm = (norm.full_tensor() if sharded else norm).item()
             loss, stopping = added(loss, len(STOP), device=device)  # the same on all processes
@@ -153,7 +154,7 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
                 logged, begun = step, time.perf_counter()
                 line = {"stage": stage.name, "step": step, "loss": loss, "norm": norm}
                 line |= {"skipped": state.skipped, "steps_a_second": round(speed, 3)}
-                log(out, line | logs)
+                log(c.folder, line | logs)
             if last and stage.finish:
                 stage.finish(state.averaged)
             # Shown before it is saved: killed in between, it is shown again, and not left out.
@@ -165,9 +166,9 @@ def fit(stage: Stage, c, out: Path, device: torch.device) -> nn.Module:
             if due and c.keep and stage.measure:
                 with torch.no_grad(), bf16(device):
                     held_back = added(stage.measure(state.averaged), device=device)[0]
-                keep_best(state, path, stage.facts, held_back, c.keep)
+                keep_best(state, path, facts, held_back, c.keep)
             if due or stopping:
-                save(state, path, stage.facts)
+                save(state, path, facts)
             if stopping:
                 at = f"step {step} of {stage.name}"
                 raise SystemExit(f"stopped at {at}; the same command continues")

@@ -5,6 +5,8 @@ are. A tensor that FSDP2 has spread out is a DTensor, of which each process hold
 """
 
 import ctypes
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +63,20 @@ def seeded(*numbers: int) -> torch.Generator:
     """Random numbers for one purpose and step: the same on every process, and when resumed."""
     state = np.random.SeedSequence(numbers).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def own_parts(accumulate: int) -> tuple[range, int]:
+    """The numbers of the parts of a step that this process learns from; how many there are."""
+    return range(rank() * accumulate, (rank() + 1) * accumulate), ranks() * accumulate
+
+
+def made_ahead(make: Callable, order: range, workers: int) -> torch.utils.data.DataLoader:
+    """make(k) of each k in order, made ahead by worker processes, if there are any."""
+    workers = 0 if sys.platform == "win32" else workers
+    return torch.utils.data.DataLoader(
+        order, batch_size=None, collate_fn=make, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # nothing needs to be pickled
+    )  # fmt: skip
 
 
 def deal(costs: list[float], parts: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from data import World
 from language import LONGEST, Language, Tokenizer, asked
 from training.batches import Kinds, kinds, same_size
 from training.items import FARTHEST
-from training.processes import barrier, gathered, rank, ranks
+from training.processes import barrier, gathered, own_parts, rank, ranks
 from vae import VAE, to_float
 from worlds.folder import parse_lines
 
@@ -113,8 +113,9 @@ def read_lessons(world: World, tokenizer: Tokenizer, c, step: int) -> list[Part]
     lessons = [(tokenizer.encode(text)[: LONGEST - 1], tokenizer.encode(prompt) if prompt else [],
                 *seen) for text, prompt, *seen in drawn]  # fmt: skip
     tokens, parts = sum(len(text) + 1 for text, *_ in lessons), []  # with each END
-    for part in range(rank() * c.accumulate, (rank() + 1) * c.accumulate):
-        mine = lessons[part :: ranks() * c.accumulate]
+    own, many = own_parts(c.accumulate)
+    for part in own:
+        mine = lessons[part::many]
         seen = sorted({lesson[2] for lesson in mine if lesson[2]})
         i, later = np.array(seen, int).reshape(-1, 2).T
         clips = world.clips(i, image, later) if seen else []
