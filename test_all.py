@@ -57,7 +57,7 @@ from language import END, NOTHING, Language, LanguageConfig, LanguageModel, Toke
 from measure import bench, framing, prompts, reader, tasks
 from measure import language as facts_said
 from measure import worlds as measure_worlds
-from training import batches, checkpoints, cost, items, loop, muon, processes, recaption, words
+from training import batches, checkpoints, cost, items, loop, muon, processes, words
 from training import cache as decoded
 from training import plot as plotting
 from vae import VAE, VAEConfig, from_blocks, to_blocks, to_float, to_uint8
@@ -1756,7 +1756,7 @@ def acting(acting_run) -> SimpleNamespace:
         patch.setattr(train, "open_world", Acting)
         world = train.make_world(c)
     made, vae = items.Items(acting_run / "items", 3, 4), prompting.load_vae(acting_run, "cpu")
-    said, tokenizer = words.words_of(world, made), recaption.make_tokenizer(world)
+    said, tokenizer = words.words_of(world, made), words.make_tokenizer(world)
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
     source = batches.Source(made, texts, world.held_back(made["number"]), c, world)
     return SimpleNamespace(c=c, world=world, vae=vae, items=made, said=said, source=source)
@@ -1846,9 +1846,9 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
         return said
 
     def write() -> set[str]:
-        before = recaption.read_lines(path).keys()
-        words.caption_items(SimpleNamespace(caption=caption), c, made, said, 4)
-        return recaption.read_lines(path).keys() - before
+        before = words.read_lines(path).keys()
+        words.write_captions(SimpleNamespace(caption=caption), c, made, said)
+        return words.read_lines(path).keys() - before
 
     assert write() == {x.name for k, x in enumerate(said) if not x.caption and not brief[k]}
     assert write() == set() and 0.02 < brief.mean() < 0.25  # a tenth of the clips
@@ -1856,13 +1856,13 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     gone, entries[0]["caption"] = {x["file"] for x in entries[1:3]}, "mine, all mine"
     path.write_text("\n".join(map(json.dumps, entries[3:] + entries[:1])))
-    assert write() == gone and recaption.read_lines(path)[entries[0]["file"]] == "mine, all mine"
+    assert write() == gone and words.read_lines(path)[entries[0]["file"]] == "mine, all mine"
     whole = path.read_bytes()
     for torn in (b'\n{"file": "cl', b"\n{"):  # a disk was full
         path.write_bytes(whole + torn)
-        words.caption_items(SimpleNamespace(caption=caption), c, made, said, 4)
+        words.write_captions(SimpleNamespace(caption=caption), c, made, said)
         assert path.read_bytes() == whole + b"\n"
-    written, kinds = recaption.read_lines(path), set()
+    written, kinds = words.read_lines(path), set()
     for k, text in enumerate(words.captions_of(world, c, made, said)):
         own = said[k].brief if brief[k] else said[k].caption or written[said[k].name]
         assert text == (world.lasting(own) if made["lasts"][k] else own)
@@ -1880,11 +1880,11 @@ def test_captions_are_written_once_and_each_item_learns_its_own(acting, acting_r
 
 def test_lessons_are_true_and_are_dealt_out_to_parts_that_add_up(acting):
     world, vae, c = acting.world, acting.vae, replace(acting.c, text_batch=4, text_steps=8)
-    halves, tokenizer, kinds = replace(c, accumulate=2), recaption.make_tokenizer(world), set()
+    halves, tokenizer, kinds = replace(c, accumulate=2), words.make_tokenizer(world), set()
     torch.manual_seed(0)
     model = train.make_text(c, tokenizer.size)
     for step in range(10):  # images, then videos
-        lessons, image = recaption.draw_lessons(world, c, step)
+        lessons, image = words.draw_lessons(world, c, step)
         for text, prompt, (k, later), share in [x for x in lessons if x[2]]:
             (clip,), (first,) = world.told([k], image, later), world.told([k], image)
             others = [world.otherwise(first, (n + 0.5) / 9) for n in range(9)] * (later == 0)
@@ -1895,8 +1895,8 @@ def test_lessons_are_true_and_are_dealt_out_to_parts_that_add_up(acting):
             assert k % 3 == 0 and k % 10 != 7  # somebody wrote its caption; not held back
             kinds.add((prompt > "", later > 0, share < 1, text == clip.caption))
         with torch.no_grad():
-            whole, *parts = [recaption.encoded(vae, part) for how in (c, halves)
-                             for part in recaption.read_lessons(world, tokenizer, how, step)]
+            whole, *parts = [words.encoded(vae, part) for how in (c, halves)
+                             for part in words.read_lessons(world, tokenizer, how, step)]
             total, *shares = (float(model(part)[0]) for part, _ in [whole, *parts])
         assert [tokens for _, tokens in parts] == 2 * [whole[1]] and len(whole[0]) == 3
         assert sum(shares) == pytest.approx(total, rel=1e-5)
@@ -2235,7 +2235,7 @@ def test_a_data_set_grows_and_the_same_command_goes_on(tmp_path, monkeypatch, ca
 def test_a_captioner_learns_where_it_pays(n, have, briefs, pays):
     told = [Clip(str(k), "a" * (k < have)) for k in range(n) for _ in range(2)]  # two windows each
     world = type("", (), {"briefs": briefs, "told": lambda *_: told, "__len__": lambda _: 2 * n})()
-    assert recaption.pays(world) == pays
+    assert words.pays(world) == pays
 
 
 def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monkeypatch, capsys):
@@ -2266,13 +2266,13 @@ def test_train_on_own_clips_and_sample_as_a_user_does(own_files, tmp_path, monke
     size = made["frames"], made["height"], made["width"], made["seconds"]
     assert size == (17, *run.world["shapes"][0], 17 / 8) and not run.world["briefs"]
     # The captioner wrote what people did not. One of these is edited, and the others are deleted.
-    assert len(path.read_text().splitlines()) == 3 and recaption.read_lines(path).keys() == lacking
+    assert len(path.read_text().splitlines()) == 3 and words.read_lines(path).keys() == lacking
     path.write_text('{"file": "g.gif", "caption": "mine"}')
     Path("own/dit.pt").unlink()
     taught.clear()
     for stage in ("text", "dit"):
         train.main(train.parse([*flags, "--stage", stage]))
-    written = recaption.read_lines(path)
+    written = words.read_lines(path)
     assert written.keys() == lacking and written["g.gif"] == "mine"
     assert set(taught) == {"frames that get brighter", "fast, then slow", *written.values()}
 

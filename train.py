@@ -48,7 +48,7 @@ from data import Clip, World, WorldConfig, open_world, sheet, world_class
 from dit import MOST_WORDS, DiT, DiTConfig
 from language import LanguageConfig, LanguageModel, Tokenizer
 from sample import Parser, frame_rate
-from training import batches, cache, checkpoints, cost, items, recaption, words
+from training import batches, cache, checkpoints, cost, items, words
 from training.loop import STOP, Stage, fit
 from training.plot import plot
 from training.processes import alone_in, barrier, keep_memory, own_parts, rank, seeded
@@ -86,7 +86,7 @@ class Config:
     vae_batch: int = 8  # clips a step, on all processes, of the largest size; more of smaller ones
     vae_lr: float = 6e-3
     vae_pca: bool = False  # begin with principal components: textures are there at once
-    # captions, and the language model that writes them (training/recaption.py, language.py)
+    # captions, and the language model that writes them (training/words.py, language.py)
     captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
@@ -319,8 +319,8 @@ def train_vae(c: Config, world: World, device: torch.device) -> None:
 
 def tokenizer_of(c: Config, world: World, name: str) -> Tokenizer:
     """Of the network that training starts from, or else of this world."""
-    words = checkpoints.starting_from(c, name).get("words")
-    return Tokenizer(words or recaption.make_tokenizer(world).words)
+    start = checkpoints.starting_from(c, name)
+    return Tokenizer(start.get("words") or words.make_tokenizer(world).words)
 
 
 def train_text(c: Config, world: World, vae: VAE, device: torch.device) -> None:
@@ -328,14 +328,14 @@ def train_text(c: Config, world: World, vae: VAE, device: torch.device) -> None:
     torch.manual_seed(c.seed + 2)  # initial weights
     model = make_text(c, tokenizer.size)
     checkpoints.begin_with(model, checkpoints.starting_from(c, "text"))
-    most = min(c.text_steps, 100 * len(recaption.labelled(world)[0]) // c.text_batch + 1)
+    most = min(c.text_steps, 100 * len(words.labelled(world)[0]) // c.text_batch + 1)
 
-    def loss(model: nn.Module, part: recaption.Part, step: int) -> tuple[Tensor, dict]:
+    def loss(model: nn.Module, part: words.Part, step: int) -> tuple[Tensor, dict]:
         """The sum over this part's tokens, divided by how many there are in all parts."""
-        lessons, tokens = recaption.encoded(vae, part)
+        lessons, tokens = words.encoded(vae, part)
         return model(lessons)[0] / tokens, {"tokens": tokens}
 
-    parts = partial(recaption.read_lessons, world, tokenizer, c)
+    parts = partial(words.read_lessons, world, tokenizer, c)
     facts = {"world": world.about(), "words": tokenizer.words}
     fit(Stage("text", model, most, c.text_lr, parts, loss, facts, c.workers * world.slow),
         c, device)  # fmt: skip
@@ -469,7 +469,7 @@ def main(c: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP.append(number))
     if c.captions == "auto":
-        some = c.stage == "text" or recaption.pays(world)
+        some = c.stage == "text" or words.pays(world)
         c = replace(c, captions="recaptioned" if some else "written")
     (c.folder / "samples").mkdir(parents=True, exist_ok=True)
     with alone_in(c.folder):
@@ -506,7 +506,7 @@ def stages(c: Config, world: World, device: torch.device) -> None:
         language = prompting.load_language(c.folder, device)
     if c.stage in ("all", "text") and language:
         with prompting.bf16(device):
-            words.caption_items(language, c, made, said, c.space_factor)
+            words.write_captions(language, c, made, said)
     if c.stage == "text":
         return
     tokenizer = tokenizer_of(c, world, "dit")
@@ -533,7 +533,7 @@ def dry_run(c: Config, steps: int = 4) -> str:
     world, some = make_world(c), replace(c, items=min(c.items or 5000, 5000))
     made = items.Items.planned(world, make_vae(c, world), some)
     said = [clip.caption or clip.brief for clip in words.words_of(world, made)]
-    tokenizer = recaption.make_tokenizer(world)
+    tokenizer = words.make_tokenizer(world)
     with torch.device("meta"):  # shapes without numbers
         networks = {"vae": make_vae(c, world), "dit": make_dit(c, tokenizer.size, world)}
     texts, held = list(map(tokenizer.encode, said)), np.zeros(len(made), bool)
