@@ -134,7 +134,7 @@ def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
             past = 1 + int(u[k, 3] ** (1 / source.world.past - 1) * (t - 1))
             free[:past] = False
         level = np.where(free, level, source.world.noise * u[k, 4] * bool(ahead))
-        acts, frame = u[k, 5] >= DROPOUT, int(source.frame[item])
+        acts, frame = bool(u[k, 5] >= DROPOUT), int(source.frame[item])
         start = int(ahead > 0 or later > 0)
         drawn.append(Drawn(item, texts[k], level, free, past, acts, start, frame))
     return drawn, plan
@@ -181,9 +181,9 @@ def make_part(source: Source, step: int, rows: list[int], most: int, batch: tupl
         item = source.items.read(clip.item)
         eps = torch.randn(item["latent"].shape, generator=seeded(c.seed, 6, step, k))
         shown.append(show(item, clip, eps, c.time_factor))
-        actions.append(item["actions"] if clip.acts else None)
+        actions.append(item["actions"] * clip.acts)  # 0: nothing known
     packed = patches.pack(shown, [clip.text for clip in mine], c.patch, c.tokens, layout,
-                          [clip.start for clip in mine], fill_actions(actions, shown))  # fmt: skip
+                          [clip.start for clip in mine], actions)  # fmt: skip
     level = patches.per_frame(packed, [torch.from_numpy(clip.level).float() for clip in mine])
     free = patches.per_frame(packed, [torch.from_numpy(clip.free) for clip in mine])
     return Part(packed, level, free, rows, learned)
@@ -201,12 +201,3 @@ def show(item: dict, clip: Drawn, eps: Tensor, ft: int) -> Tensor:
         held = torch.from_numpy(~clip.free)[None, :, None, None]
         latent = torch.where(held, given[:Z], latent)
     return torch.cat([latent, given])
-
-
-def fill_actions(actions: list[Tensor | None], shown: list[Tensor]) -> list[Tensor] | None:
-    """Zeros, "nothing known", where they are not told; None in a world without actions."""
-    ft = next((x.shape[1] for x in actions if x is not None), 0)
-    if not ft:
-        return None
-    return [torch.zeros(z.shape[1], ft, dtype=torch.int64) if x is None else x
-            for x, z in zip(actions, shown, strict=True)]  # fmt: skip

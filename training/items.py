@@ -20,6 +20,7 @@ Alphabet: Z channels and t frames of h x w in the latent grid; ft frames to a la
 """
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import World
+from data import Clip, World
 from patches import latent_actions
 from prompting import bf16
 from training.checkpoints import write
@@ -79,6 +80,11 @@ class Plan:
     def alike(self) -> tuple:  # plans of which this is the same are encoded together
         return self.size, self.image, self.ahead
 
+    def row(self, grid: tuple[int, int, int], at=0, given=False, actions=False) -> list[int]:
+        """Its row in the index: COLUMNS."""
+        return [self.number, self.image, at, *grid, self.ahead, self.later, given, self.lasts,
+                actions]  # fmt: skip
+
     @property
     def lasts(self) -> bool:
         """Whether only what lasts of its caption is true of it, or can be known when sampling: a
@@ -119,16 +125,19 @@ def draw_plans(world: World, c) -> list[Plan]:
 
 
 @torch.no_grad()
-def encode(vae: VAE, video: Tensor, plans: list[Plan]) -> list[tuple[Tensor, Tensor | None]]:
-    """Clips [b, C, T, H, W] of plans that are `alike`: of each its latent [Z, a + t, h, w], and
-    what the network is shown of known frames [Z + ft, t, h, w], if there are any."""
+def encode(vae: VAE, clips: list[Clip], plans: list[Plan]) -> list[tuple[Tensor | None, ...]]:
+    """Clips of plans that are `alike`: of each its latent [Z, a + t, h, w]; what the network is
+    shown of known frames [Z + ft, t, h, w], and its actions [a + t, ft], if there are any."""
+    video = to_float([clip.pixels for clip in clips]).to(vae.mean.device)  # [b, C, T, H, W]
     latent, given = vae.encode(video), [None] * len(plans)
     some = [k for k, plan in enumerate(plans) if plan.known.any()]
     if some:
         known = torch.from_numpy(np.stack([plans[k].known for k in some])).to(video.device)
         for k, shown in zip(some, vae.encode_known(video[some], known)[0], strict=True):
             given[k] = shown
-    return list(zip(latent, given, strict=True))
+    actions = [None if x.actions is None else latent_actions(x.actions, vae.config.time_factor)
+               for x in clips]  # fmt: skip
+    return list(zip(latent, given, actions, strict=True))
 
 
 def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:
@@ -142,33 +151,26 @@ def grouped(plans: list[Plan], pixels: int = 2**21) -> list[list[Plan]]:
     return [groups[k] for k in np.random.default_rng(0).permutation(len(groups))]
 
 
-class Shard:
-    """Where one process writes."""
-
-    def __init__(self, folder: Path):
-        self.numbers, self.rows = (folder / f"{rank():05d}{end}" for end in (".bin", ".idx"))
-        for path in (self.numbers, self.rows):
-            path.touch()
-        read_rows(self.rows).tofile(self.rows)  # without a row that was torn
-        os.truncate(self.numbers, self.numbers.stat().st_size // 2 * 2)
-
-    def append(self, plans: list[Plan], encoded: list, actions: list) -> None:
-        rows, parts, at = [], [], self.numbers.stat().st_size // 2
-        for plan, (latent, given), done in zip(plans, encoded, actions, strict=True):
-            some = [x for x in (latent, given, done) if x is not None]
-            parts.append(torch.cat([x.flatten().cpu().half() for x in some]).numpy())
+def append(folder: Path, plans: list[Plan], encoded: list[tuple[Tensor | None, ...]]) -> None:
+    """Add items to the shard of this process."""
+    rows, path = [], folder / f"{rank():05d}.idx"
+    with open(path.with_suffix(".bin"), "ab") as file:
+        for plan, (latent, given, actions) in zip(plans, encoded, strict=True):
             t, h, w = latent.shape[1:]
-            rows.append([plan.number, plan.image, at, t - plan.ahead, h, w, plan.ahead, plan.later,
-                         given is not None, plan.lasts, done is not None])  # fmt: skip
-            at += len(parts[-1])
-        for path, what in ((self.numbers, parts), (self.rows, [np.array(rows, np.int64)])):
-            with open(path, "ab") as file:
-                file.write(b"".join(part.tobytes() for part in what))
+            also = file.tell() // 2, given is not None, actions is not None
+            rows.append(plan.row((t - plan.ahead, h, w), *also))
+            some = [x for x in (latent, given, actions) if x is not None]
+            numbers = torch.cat([x.flatten().cpu().half() for x in some])
+            file.write(numbers.numpy().tobytes())
+    with open(path, "ab") as file:
+        file.write(np.array(rows, np.int64).tobytes())
 
 
-def read_rows(path: Path) -> np.ndarray:
-    rows = np.fromfile(path, np.int64)
-    return rows[: len(rows) // len(COLUMNS) * len(COLUMNS)].reshape(-1, len(COLUMNS))
+def cut_torn(folder: Path) -> None:
+    """Cut off the number and the row that were being written when something interrupted."""
+    for end, size in ((".bin", 2), (".idx", 8 * len(COLUMNS))):  # bytes
+        for path in folder.glob("*" + end):
+            os.truncate(path, path.stat().st_size // size * size)
 
 
 def about(world: World, vae: VAE, c) -> dict:
@@ -191,12 +193,13 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(what).encode())
+        cut_torn(folder)
     barrier()
     done = Items(folder, *shape)
     have = set(zip(done["number"].tolist(), done["image"] > 0, done.conditioned, strict=True))
     plans = draw_plans(world, c)
     groups = grouped([x for x in plans if (x.number, x.image, x.conditioned) not in have])
-    groups, shard = groups[rank() :: ranks()], Shard(folder)
+    groups = groups[rank() :: ranks()]
 
     def decode(k: int) -> list:
         (T, _, _), image, ahead = groups[k][0].alike
@@ -209,11 +212,8 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
         here = [(plan, clip) for plan, clip in zip(group, clips, strict=True) if clip is not None]
         if here:
             plans, clips = zip(*here, strict=True)
-            video = to_float([clip.pixels for clip in clips]).to(vae.mean.device)
-            acts = [None if x.actions is None else latent_actions(x.actions, c.time_factor)
-                    for x in clips]  # fmt: skip
-            with bf16(video.device):
-                shard.append(plans, encode(vae, video, plans), acts)
+            with bf16(vae.mean.device):
+                append(folder, plans, encode(vae, clips, plans))
         bar.update(len(group))
         if STOP:
             raise SystemExit("stopped while encoding; the same command continues")
@@ -233,16 +233,13 @@ class Items:
     def __init__(self, folder: Path, channels: int, time_factor: int):
         self.channels, self.time_factor = channels, time_factor
         self.shards, rows = [], [np.zeros((0, len(COLUMNS) + 1), np.int64)]
-        for path in sorted(folder.glob("*.idx")):
-            found = read_rows(path)
-            if len(found):
-                rows.append(np.column_stack([found, np.full(len(found), len(self.shards))]))
-                numbers = path.with_suffix(".bin")
-                count = numbers.stat().st_size // 2  # half a number may be there, too
-                self.shards.append(np.memmap(numbers, np.float16, "r", shape=(count,)))
-        rows = np.concatenate(rows)
-        self.rows = rows  # the order is that of their numbers, whoever encoded them
-        self.rows = rows[np.lexsort((self.conditioned, rows[:, 1], rows[:, 0]))]
+        for path in sorted(x for x in folder.glob("*.idx") if x.stat().st_size):
+            found = np.fromfile(path, np.int64).reshape(-1, len(COLUMNS))
+            rows.append(np.column_stack([found, np.full(len(found), len(self.shards))]))
+            self.shards.append(np.memmap(path.with_suffix(".bin"), np.float16, "r"))
+        self.rows = np.concatenate(rows)
+        order = self.conditioned, self["image"], self["number"]  # whoever encoded them
+        self.rows = self.rows[np.lexsort(order)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -251,10 +248,7 @@ class Items:
     def planned(cls, world: World, vae: VAE, c) -> "Items":
         """What would be encoded: sizes alone, to count with."""
         made = cls(Path("nowhere"), c.channels, c.time_factor)
-        made.rows = np.array([
-            [plan.number, plan.image, 0, *vae.grid(*plan.size), plan.ahead, plan.later, 0, 0, 0, 0]
-            for plan in draw_plans(world, c)
-        ])  # fmt: skip
+        made.rows = np.array([plan.row(vae.grid(*plan.size)) for plan in draw_plans(world, c)])
         return made
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -265,31 +259,29 @@ class Items:
         """Which have known frames or a past: bool [n]."""
         return (self["ahead"] > 0) | (self["given"] > 0)
 
+    def on_disk(self, k: int) -> dict[str, np.ndarray]:
+        """The numbers of item k by name, in their shapes. None of them is read yet."""
+        row = dict(zip([*COLUMNS, "shard"], self.rows[k].tolist(), strict=True))
+        at, Z, ft, long = row["at"], self.channels, self.time_factor, row["ahead"] + row["t"]
+        t, h, w = row["t"], row["h"], row["w"]
+        shapes = {"whole": (Z, long, h, w), "given": (Z + ft, t, h, w), "actions": (long, ft)}
+        found = {}
+        for name, shape in shapes.items():
+            if row.get(name, True):
+                at, start = at + math.prod(shape), at
+                found[name] = self.shards[row["shard"]][start:at].reshape(shape)
+        return found
+
     def held(self, k: int) -> np.ndarray:
         """Which latent frames of an item with known frames are known whole: [t] bool."""
-        row, Z, ft = self.row(k), self.channels, self.time_factor
-        t, patch = row["t"], row["h"] * row["w"]
-        first = row["at"] + Z * (row["ahead"] + 2 * t) * patch  # past the latents
-        mask = self.shards[row["shard"]][first : first + ft * t * patch].reshape(ft, t, patch)
-        return np.array(mask[:, :, 0].all(0))
-
-    def row(self, k: int) -> dict[str, int]:
-        return dict(zip([*COLUMNS, "shard"], self.rows[k].tolist(), strict=True))
+        mask = self.on_disk(k)["given"][self.channels :, :, 0, 0]  # [ft, t]
+        return np.array(mask.all(0))
 
     def read(self, k: int) -> dict[str, Tensor | None]:
         """Item k: "whole" [Z, a + t, h, w], of which "latent" [Z, t, h, w] is the window; "given"
-        [Z + ft, t, h, w] and "actions" [t, ft], or None."""
-        row = self.row(k)
-        at, Z, ft, ahead = row["at"], self.channels, self.time_factor, row["ahead"]
-        t, h, w = row["t"], row["h"], row["w"]
-
-        def take(*shape: int) -> Tensor:
-            nonlocal at
-            count = int(np.prod(shape))
-            values, at = self.shards[row["shard"]][at : at + count].astype(np.float32), at + count
-            return torch.from_numpy(values).view(shape)
-
-        whole = take(Z, ahead + t, h, w)
-        given = take(Z + ft, t, h, w) if row["given"] else None
-        actions = take(ahead + t, ft).long()[ahead:] if row["actions"] else None
-        return {"whole": whole, "latent": whole[:, ahead:], "given": given, "actions": actions}
+        [Z + ft, t, h, w] or None; "actions" [t, ft], zeros where it has none."""
+        found = {x: torch.from_numpy(y.astype(np.float32)) for x, y in self.on_disk(k).items()}
+        whole, ahead = found["whole"], int(self["ahead"][k])
+        actions = found.get("actions", torch.zeros(whole.shape[1], self.time_factor))[ahead:]
+        return {"whole": whole, "latent": whole[:, ahead:], "given": found.get("given"),
+                "actions": actions.long()}  # fmt: skip
