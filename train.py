@@ -31,7 +31,7 @@ import re
 import signal
 import sys
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -189,36 +189,34 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def check(c: Config) -> None:
     """What would fail only later, or not at all, and never with a good sentence."""
+
+    def must(names: str, fine: Callable[..., bool], be: str) -> None:
+        for name in names.split():
+            if not fine(value := getattr(c, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {be}")
+
     one_of = {"stage": ("all", "vae", "items", "text", "dit", "export"),
               "captions": ("auto", "recaptioned", "written"), "prediction": diffusion.PREDICTIONS,
               "compile": ("auto", "yes", "no"), "gpu": tuple(cost.GPUS),
               "crop": ("none", "square")}  # fmt: skip
     for name, choices in one_of.items():
-        if getattr(c, name) not in choices:
-            raise ValueError(f"--{name} {getattr(c, name)}: {', '.join(choices)}")
+        must(name, choices.__contains__, ", ".join(choices))
+    counts = """steps vae_steps text_steps text_batch tokens save_every sample_every accumulate gpus
+        fps pixels digit channels time_factor space_factor patch vae_width text_width width depth
+        heads"""
+    must(counts, lambda x: x >= 1, "at least 1")
+    must("keep items workers seed", lambda x: x >= 0, "at least 0")
     many = (c.gpus if c.dry_run else int(os.environ.get("WORLD_SIZE", 1))) * c.accumulate
-    least = dict.fromkeys("steps vae_steps text_steps text_batch tokens save_every sample_every "
-                          "accumulate gpus fps pixels digit channels time_factor space_factor "
-                          "patch vae_width text_width width depth heads".split(), 1)
-    least |= {"keep": 0, "items": 0, "workers": 0, "seed": 0, "rows": many, "vae_batch": many}
-    for name, low in least.items():
-        if not getattr(c, name) >= low:
-            why = f": one for each of {many} parts" if low > 1 else ""
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: at least {low}{why}")
-    for name in ("images", "image_phase", "given", "later", "ema"):
-        if not 0 <= getattr(c, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: a share, from 0 to 1")
-    for name in ("lr", "vae_lr", "text_lr", "shift", "rope_base"):
-        if not 0 < getattr(c, name) < np.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: above 0")
+    why = f": one for each of {many} parts" if many > 1 else ""
+    must("rows vae_batch", lambda x: x >= many, f"at least {many}{why}")
+    must("images image_phase given later ema", lambda x: 0 <= x <= 1, "a share, from 0 to 1")
+    must("lr vae_lr text_lr shift rope_base", lambda x: 0 < x < np.inf, "above 0")
+    must("seed", lambda x: x < 2**32, f"below {2**32}")
+    must("text_width", lambda x: x % 64 == 0, "a multiple of 64")
     if Path(c.kind).resolve() == c.folder.resolve():  # both have a captions.jsonl
         raise ValueError(f"--out {c.folder}: another folder than that of the clips")
-    if c.seed >= 2**32:
-        raise ValueError(f"--seed {c.seed}: below {2**32}")
     if c.width % (2 * c.heads):
         raise ValueError(f"--width {c.width} --heads {c.heads}: a multiple of {2 * c.heads}")
-    if c.text_width % 64:
-        raise ValueError(f"--text-width {c.text_width}: a multiple of 64")
     if Path(c.init_from).is_file() and c.stage not in ("vae", "text", "dit"):
         raise ValueError(f"--init-from {c.init_from}: of one network: --stage vae, text or dit")
     if c.shard and "RANK" not in os.environ and not c.dry_run:
@@ -374,7 +372,7 @@ def train_dit(c: Config, world: World, source: batches.Source, run: prompting.Ru
     if c.compile == "yes" or c.compile == "auto" and can_compile(device):
         for block in dit.blocks:
             block.compile()
-    tasks = played(world, 8) if world.actions else prompted(run, world, 12)
+    tasks = examples(run, world)
     few = tasks[:4] if world.actions else tasks[::2]
 
     def loss(model: nn.Module, part: batches.Part, step: int) -> tuple[Tensor, dict]:
@@ -415,13 +413,12 @@ def can_compile(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------- what is shown
 
 
-def prompted(run: prompting.Run, world: World, n: int) -> list[prompting.Task]:
-    return [prompting.new(run, size, prompt) for prompt, size in world.prompts(n)]
-
-
-def played(world: World, n: int) -> list[prompting.Task]:
-    """Clips that nobody learned from, of which the start and all actions are known."""
-    i = np.flatnonzero(world.held_back(np.arange(len(world))))[:n]
+def examples(run: prompting.Run, world: World) -> list[prompting.Task]:
+    """Prompts; in worlds with actions, clips that nobody learned from, of which the start and all
+    actions are known."""
+    if not world.actions:
+        return [prompting.new(run, size, prompt) for prompt, size in world.prompts(12)]
+    i = np.flatnonzero(world.held_back(np.arange(len(world))))[:8]
     T = max(world.durations)
     clips, known = world.clips(i, frames=T + 24), np.arange(T + 24) < (T + 1) // 2
     return [prompting.Task(x.pixels, known, x.caption, actions=x.actions) for x in clips]
@@ -538,11 +535,12 @@ def dry_run(c: Config, steps: int = 4) -> str:
         networks = {"vae": make_vae(c, world), "dit": make_dit(c, tokenizer.size, world)}
     texts, held = list(map(tokenizer.encode, said)), np.zeros(len(made), bool)
     source = batches.Source(made, texts, held, c, world)
-    drawn = [batches.draw_step(source, step)[0] for step in range(max(0, c.steps - steps), c.steps)]
-    lengths = [[len(x.text) + x.patches * len(x.free) for x in clips] for clips in drawn]
-    texts = [sum(len(x.text) for x in clips) for clips in drawn]
-    frames = [sum(1 + len(x.free) for x in clips) for clips in drawn]
-    return cost.report(networks, lengths, texts, frames, c)
+    counts = []
+    for step in range(max(0, c.steps - steps), c.steps):
+        clips, _ = batches.draw_step(source, step)
+        rest = sum(len(x.text) for x in clips), sum(1 + len(x.free) for x in clips)
+        counts.append(([x.tokens for x in clips], *rest))
+    return cost.report(networks, counts, c)
 
 
 def start_processes() -> torch.device:

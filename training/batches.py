@@ -99,6 +99,10 @@ class Drawn:
     start: int  # the time of its first frame: 1 in windows from later on
     patches: int  # in each latent frame
 
+    @property
+    def tokens(self) -> int:
+        return len(self.text) + self.patches * len(self.free)
+
 
 def draw_step(source: Source, step: int) -> tuple[list[Drawn], list[list[int]]]:
     """The batch of a step, on all processes, and which clips lie in which row."""
@@ -162,8 +166,7 @@ def parts(source: Source, step: int) -> list[Part]:
     if len(plan) < many:
         raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {many} parts")
     # What a row costs: its linear maps, and attention within each clip (see cost.py).
-    lengths = [[len(drawn[k].text) + drawn[k].patches * len(drawn[k].free) for k in row]
-               for row in plan]  # fmt: skip
+    lengths = [[drawn[k].tokens for k in row] for row in plan]
     dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in lengths], many)
     learned = sum(int(clip.free.sum()) * clip.patches for clip in drawn)
     most = -(-c.rows // many)  # rows of a part: always as many, some of them empty

@@ -71,17 +71,16 @@ def short(number: float) -> str:
     return f"{number / 1000**k:.3g} {' kMGTPEZ'[k].strip()}"
 
 
-def report(networks: dict, lengths: list, words: list, frames: list, c) -> str:
-    """All figures of a training of the DiT, from some of its steps: of each the tokens of its
-    clips, how many of them are captions', and the rows of the frame table. c: train.Config."""
+def report(networks: dict, steps: list[tuple[list[int], int, int]], c) -> str:
+    """All figures of a training of the DiT, from some of its steps, each as `step_flops` counts.
+    c: train.Config."""
     dit, (peak, room), lines = networks["dit"], GPUS[c.gpu], []
     for name, model in networks.items():
         parts = parameters(model)
         lines.append(f"{name}: {sum(parts.values()) / 1e6:,.1f} M parameters")
         lines += [f"  {part:28}{count:14,d}" for part, count in parts.items()]
-    work = [step_flops(dit, *step) for step in zip(lengths, words, frames, strict=True)]
-    linear, attention = (sum(x) / len(work) for x in zip(*work, strict=True))
-    clips, tokens = (sum(map(f, lengths)) / len(lengths) for f in (len, sum))
+    work = [(len(x), sum(x), *step_flops(dit, x, *more)) for x, *more in steps]
+    clips, tokens, linear, attention = (sum(x) / len(work) for x in zip(*work, strict=True))
     part = -(-c.rows // (c.gpus * c.accumulate)) * c.tokens
     bytes_of = memory(dit, part, c.recompute, c.gpus if c.shard else 1)
     total = sum(bytes_of.values())
