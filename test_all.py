@@ -1758,7 +1758,7 @@ def acting(acting_run) -> SimpleNamespace:
     made, vae = items.Items(acting_run / "items", 3, 4), prompting.load_vae(acting_run, "cpu")
     said, tokenizer = words.words_of(world, made), words.make_tokenizer(world)
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    source = batches.Source(made, texts, world.held_back(made["number"]), c, world)
+    source = batches.Source(made, texts, c, world)
     return SimpleNamespace(c=c, world=world, vae=vae, items=made, said=said, source=source)
 
 
@@ -1795,7 +1795,8 @@ def test_items_are_what_training_would_make(acting):
 
 
 def test_a_draw_is_a_function_of_seed_and_step_and_holds_clips_back(acting):
-    count, made, held = Counter(), acting.items, acting.source.held
+    count, made = Counter(), acting.items
+    held = acting.world.held_back(made["number"])
 
     def drawn(step: int, **more) -> str:  # by another process
         return str(batches.draw_step(replace(acting.source, c=replace(acting.c, **more)), step))

@@ -30,7 +30,7 @@ import os
 import re
 import signal
 import sys
-from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -167,19 +167,19 @@ def parse(argv: list[str] | None = None) -> Config:
         return values
 
     about = dict(re.findall(r"^    (\w+): .+?  # (.+)", inspect.getsource(Config), re.MULTILINE))
-    parser = Parser("train.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("train.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter,
+                    argument_default=SUPPRESS)  # fmt: skip
     for field in fields(Config):
-        value, how = field.default, {"default": None}  # None: as the preset says
-        how["type"] = many(type(value[0])) if isinstance(value, tuple) else type(value)
+        value = field.default
+        how = {"type": many(type(value[0])) if isinstance(value, tuple) else type(value)}
         if field.name == "fps":  # 29.97, or 10
-            how["type"] = frame_rate
+            how = {"type": frame_rate}
         if isinstance(value, bool):
-            how = {"action": BooleanOptionalAction, "default": None}
+            how = {"action": BooleanOptionalAction}
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         text = "; ".join(filter(None, (f"tiny: {text}", about.get(field.name))))
         parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
-    said = vars(parser.parse_args(argv))
-    said = {name: value for name, value in said.items() if value is not None}
+    said = vars(parser.parse_args(argv))  # what is not said is as in the preset
     preset = said.get("preset", "tiny")
     if preset not in PRESETS:
         parser.error(f"no preset {preset}: there are {', '.join(PRESETS)}")
@@ -277,7 +277,7 @@ def train_vae(c: Config, world: World, device: torch.device) -> None:
     largest = int(kinds[False][0].prod(1).max())
     own, many = own_parts(c.accumulate)
 
-    def make(step: int, part: int, of: int = many) -> tuple:
+    def make(step: int, part: int, of: int) -> tuple:
         """A part of a step: video, noise, its share in the mean. The step's clips are of one
         size, another one each step; in every eighth step images: a video's first frame is an image
         to a causal VAE."""
@@ -292,7 +292,7 @@ def train_vae(c: Config, world: World, device: torch.device) -> None:
         return video, noise[mine][here or [0]], len(here) / len(pick)
 
     def parts(step: int) -> list[tuple[Tensor, Tensor, float]]:
-        return [make(step, part) for part in own]
+        return [make(step, part, many) for part in own]
 
     def loss(model: nn.Module, part: tuple, step: int) -> tuple[Tensor, dict]:
         video, noise, share = part
@@ -302,7 +302,7 @@ def train_vae(c: Config, world: World, device: torch.device) -> None:
     def some() -> Iterator[Tensor]:
         """All clips of some steps, whole, so that every process finds the same in them."""
         for step in range(10**6 + 1, 10**6 + 8):
-            yield to_float(make(step, 0, of=1)[0])
+            yield to_float(make(step, 0, 1)[0])
 
     def measure(averaged: VAE) -> None:
         averaged.measure_statistics(video.to(device) for video in some())
@@ -515,8 +515,7 @@ def stages(c: Config, world: World, device: torch.device) -> None:
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):
     """What the transformer learns from: items, and the caption of each as tokens."""
     texts = [tokenizer.encode(x) for x in words.captions_of(world, c, made, said)]
-    held = world.held_back(made["number"])
-    source = batches.Source(made, [x[:MOST_WORDS] for x in texts], held, c, world)
+    source = batches.Source(made, [x[:MOST_WORDS] for x in texts], c, world)
     most = np.minimum(c.tokens - source.count, MOST_WORDS).tolist()  # batches.py cuts what is left
     long = {x.name for x, y, n in zip(said, texts, most, strict=True) if len(y) > n}
     if long and rank() == 0:
@@ -529,13 +528,11 @@ def dry_run(c: Config, steps: int = 4) -> str:
     """What the DiT's training would cost, from the clips of some steps at its end."""
     world, some = make_world(c), replace(c, items=min(c.items or 5000, 5000))
     made = items.Items.planned(world, make_vae(c, world), some)
-    said = [clip.caption or clip.brief for clip in words.words_of(world, made)]
     tokenizer = words.make_tokenizer(world)
+    texts = [tokenizer.encode(x.caption or x.brief) for x in words.words_of(world, made)]
+    source, counts = batches.Source(made, texts, c, world), []
     with torch.device("meta"):  # shapes without numbers
         networks = {"vae": make_vae(c, world), "dit": make_dit(c, tokenizer.size, world)}
-    texts, held = list(map(tokenizer.encode, said)), np.zeros(len(made), bool)
-    source = batches.Source(made, texts, held, c, world)
-    counts = []
     for step in range(max(0, c.steps - steps), c.steps):
         clips, _ = batches.draw_step(source, step)
         rest = sum(len(x.text) for x in clips), sum(1 + len(x.free) for x in clips)

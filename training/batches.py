@@ -69,7 +69,6 @@ class Source:
 
     items: Items
     texts: list[list[int]]  # the caption of each item, as token ids
-    held: np.ndarray  # bool [n]: items that are only measured on
     c: object  # train.Config
     world: World
 
@@ -77,8 +76,9 @@ class Source:
         image, grid = self.items["image"] > 0, [self.items[name] for name in "thw"]
         self.frame = grid[1] * grid[2] // self.c.patch**2  # patches in each latent frame
         self.count = grid[0] * self.frame
-        learn = ~self.held if (~self.held).any() else np.ones(len(self.held), bool)
-        aside = self.held if self.held.any() else learn
+        held = self.world.held_back(self.items["number"])  # bool [n]
+        learn = ~held if (~held).any() else np.ones(len(held), bool)
+        aside = held if held.any() else learn  # only measured on
         other = self.items.conditioned
         kinds = image, ~image & ~other, other
         self.pools = [[np.flatnonzero(of & kind) for kind in kinds] for of in (learn, aside)]
