@@ -444,10 +444,10 @@ def draw_loss(out: Path) -> None:
     """loss.png: the loss of every stage, on a logarithmic scale."""
     panels = {}
     for line in checkpoints.read_log(out):
-        if np.isfinite(line["loss"]) and line["loss"] > 0:
-            curve = panels.setdefault(f"{line['stage']}: loss by step", {"loss": ([], [])})["loss"]
-            curve[0].append(line["step"])
-            curve[1].append(line["loss"])
+        if 0 < line["loss"] < np.inf:
+            curves = panels.setdefault(f"{line['stage']}: loss by step", {"loss": ([], [])})
+            curves["loss"][0].append(line["step"])
+            curves["loss"][1].append(line["loss"])
     if panels:
         write_gif(out / "loss.png", [plot(panels, log_y=True)])
 

@@ -161,7 +161,7 @@ class Part:
 
 def parts(source: Source, step: int) -> list[Part]:
     """This process's parts of the batch of a step."""
-    c, (drawn, plan) = source.c, draw_step(source, step)
+    c, made, (drawn, plan) = source.c, [], draw_step(source, step)
     own, many = own_parts(c.accumulate)
     if len(plan) < many:
         raise ValueError(f"the clips of step {step} fill {len(plan)} rows, for {many} parts")
@@ -170,37 +170,32 @@ def parts(source: Source, step: int) -> list[Part]:
     dealt = deal([sum(6 * c.width * n + n * n for n in row) for row in lengths], many)
     learned = sum(int(clip.free.sum()) * clip.patches for clip in drawn)
     most = -(-c.rows // many)  # rows of a part: always as many, some of them empty
-    return [make_part(source, step, dealt[k], most, (drawn, plan, learned)) for k in own]
+    for rows in (dealt[part] for part in own):
+        here = [k for row in rows for k in plan[row]]
+        place, mine = {k: j for j, k in enumerate(here)}, [drawn[k] for k in here]
+        layout = [[place[k] for k in plan[row]] for row in rows] + [[]] * (most - len(rows))
+        each = [show(source, drawn[k], seeded(c.seed, 6, step, k)) for k in here]
+        shown, actions = zip(*each, strict=True)
+        packed = patches.pack(shown, [clip.text for clip in mine], c.patch, c.tokens, layout,
+                              [clip.start for clip in mine], actions)  # fmt: skip
+        level = patches.per_frame(packed, [torch.from_numpy(x.level).float() for x in mine])
+        free = patches.per_frame(packed, [torch.from_numpy(x.free) for x in mine])
+        made.append(Part(packed, level, free, rows, learned))
+    return made
 
 
-def make_part(source: Source, step: int, rows: list[int], most: int, batch: tuple) -> Part:
-    """Some rows of a batch, packed."""
-    c, (drawn, plan, learned) = source.c, batch
-    here = [k for row in rows for k in plan[row]]
-    place = {k: j for j, k in enumerate(here)}
-    layout = [[place[k] for k in plan[row]] for row in rows] + [[]] * (most - len(rows))
-    mine, shown, actions = [drawn[k] for k in here], [], []
-    for k, clip in zip(here, mine, strict=True):
-        item = source.items.read(clip.item)
-        eps = torch.randn(item["latent"].shape, generator=seeded(c.seed, 6, step, k))
-        shown.append(show(item, clip, eps, c.time_factor))
-        actions.append(item["actions"] * clip.acts)  # 0: nothing known
-    packed = patches.pack(shown, [clip.text for clip in mine], c.patch, c.tokens, layout,
-                          [clip.start for clip in mine], actions)  # fmt: skip
-    level = patches.per_frame(packed, [torch.from_numpy(clip.level).float() for clip in mine])
-    free = patches.per_frame(packed, [torch.from_numpy(clip.free) for clip in mine])
-    return Part(packed, level, free, rows, learned)
-
-
-def show(item: dict, clip: Drawn, eps: Tensor, ft: int) -> Tensor:
-    """The clean latent, and what the network is shown of known frames: [Z + Z + ft, t, h, w]."""
+def show(source: Source, clip: Drawn, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The clean latent, and what the network is shown of known frames: [Z + Z + ft, t, h, w]; its
+    actions, or zeros, "nothing known": [t, ft]."""
+    item, ft = source.items.read(clip.item), source.c.time_factor
     latent, given = item["latent"], item["given"]
     Z = len(latent)
     if clip.past:
+        eps = torch.randn(latent.shape, generator=noise)
         given = noisy_past(latent[None], clip.past, float(clip.level[0]), eps[None], ft)[0]
     elif given is None:
         given = latent.new_zeros(Z + ft, *latent.shape[1:])
     else:  # known frames are the target that they are in use: encoded without the others
         held = torch.from_numpy(~clip.free)[None, :, None, None]
         latent = torch.where(held, given[:Z], latent)
-    return torch.cat([latent, given])
+    return torch.cat([latent, given]), item["actions"] * clip.acts
