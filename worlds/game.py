@@ -1,10 +1,11 @@
 """A digital world: a game of bricks. All of it follows from the state and the keys.
 
 The picture has 16 x 16 cells of 2 x 2 pixels. The ball is one of them, and flies along diagonals, a
-cell a frame. Walls, the paddle and bricks reflect it; a brick that is hit vanishes. The half of the
-paddle that it hits says whether it goes on to the left or to the right. A lost ball comes back in
-the middle, on its way down to the right, and when no brick is left there is a full wall again, the
-same each time: two frames say all that will happen.
+cell a frame; the cell that it comes from glows, which shows its way. Walls, the paddle and bricks
+reflect it; a brick that is hit vanishes. The half of the paddle that it hits says whether it goes
+on to the left or to the right. A lost ball comes back in the middle, on its way down to the right,
+and when no brick is left there is a full wall again, the same each time: two frames say all that
+will happen.
 
 In training, one of three plays: one who follows the ball, mostly; one who presses keys at random,
 and holds them; one who stands still.
@@ -19,15 +20,16 @@ TOP, ROWS, WIDE = 1, 4, 2  # the first row of bricks, how many there are, cells 
 COLUMNS, PADDLE, FLOOR = SIDE // WIDE, 4, 14  # bricks in a row; the paddle's width, and its row
 COLORS = {"red": (230, 60, 60), "orange": (240, 140, 30), "yellow": (225, 215, 40),
           "green": (60, 200, 80), "blue": (70, 110, 240), "purple": (180, 70, 220)}  # fmt: skip
-PALETTE = np.array([(12, 12, 32), *COLORS.values(), (50, 190, 200), (255, 255, 255)], np.uint8)
-DARK, PLAYER, BALL = 0, len(PALETTE) - 2, len(PALETTE) - 1
+PALETTE = np.array([(12, 12, 32), *COLORS.values(), (110, 110, 150), (50, 190, 200),
+                    (255, 255, 255)], np.uint8)  # fmt: skip
+DARK, GLOW, PLAYER, BALL = 0, len(PALETTE) - 3, len(PALETTE) - 2, len(PALETTE) - 1
 STYLES = ("the paddle follows the ball", "the paddle moves at random", "the paddle stands still")
 
 
 class Game(Simulated):
     colors, actions = 3, ("stay", "left", "right")
-    flags = dict(durations=(3,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
-                 items=12_000, given=0.03, later=0.9, vae_steps=500, steps=4000)  # fmt: skip
+    flags = dict(durations=(3,), time_factor=1, channels=8, images=0.0, image_phase=0.0,
+                 items=12_000, given=0.03, later=0.9, vae_steps=1000, steps=3000)  # fmt: skip
     sampling = dict(steps=2, guidance=1.0, noise=0.05)
     past, noise = 0.9, 0.3  # two frames, nearly always; what is small must be seen
 
@@ -47,9 +49,11 @@ class Game(Simulated):
         bricks = layout & (u[:, 16 : 16 + ROWS * COLUMNS].reshape(n, ROWS, COLUMNS) < left)
         ball = np.column_stack([chosen(u[:, 4], range(FLOOR)), chosen(u[:, 5], range(SIDE))])
         sign = np.column_stack([chosen(u[:, 6], (-1, 1)), chosen(u[:, 7], (-1, 1))])
+        trail = (ball - sign).clip(0, (FLOOR - 1, SIDE - 1))
         return {
-            "bricks": bricks & ~touched(ball),
+            "bricks": bricks & ~touched(ball) & ~touched(trail),
             "ball": ball,  # [n, 2]: its row and column
+            "trail": trail,  # [n, 2]: where it was
             "sign": sign,  # [n, 2]: which way it goes
             "speed": np.full(n, 2 if beyond else 1),  # cells a frame, the same in all clips
             "paddle": chosen(u[:, 49], range(SIDE - PADDLE + 1)),  # [n]: its left end
@@ -89,13 +93,15 @@ class Game(Simulated):
         cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
         palette = np.where(cleared[:, None], 1 + np.arange(ROWS), state["palette"])
         bricks |= cleared[:, None, None]
-        return state | {"paddle": paddle, "ball": ball, "sign": sign,
+        return state | {"paddle": paddle, "ball": ball, "trail": state["ball"], "sign": sign,
                         "bricks": bricks, "palette": palette}  # fmt: skip
 
     def render(self, state: State) -> np.ndarray:
         n, wall = np.arange(len(state["ball"])), state["bricks"] * state["palette"][:, :, None]
         cells = np.zeros((len(n), SIDE, SIDE), int)
-        cells[:, TOP : TOP + ROWS] = wall.repeat(WIDE, axis=2)
+        cells[n, state["trail"][:, 0], state["trail"][:, 1]] = GLOW
+        bricks = wall.repeat(WIDE, axis=2)
+        cells[:, TOP : TOP + ROWS] = np.where(bricks, bricks, cells[:, TOP : TOP + ROWS])
         cells[n[:, None], FLOOR, state["paddle"][:, None] + np.arange(PADDLE)] = PLAYER
         cells[n, state["ball"][:, 0], state["ball"][:, 1]] = BALL
         return PALETTE[cells].repeat(CELL, axis=1).repeat(CELL, axis=2).transpose(0, 3, 1, 2)
