@@ -315,17 +315,17 @@ def train_vae(c: Config, world: World, device: torch.device) -> None:
               c.workers * world.slow, finish=measure), c, device)  # fmt: skip
 
 
-def tokenizer_of(c: Config, world: World, name: str) -> Tokenizer:
+def tokenizer_of(start: dict, world: World) -> Tokenizer:
     """Of the network that training starts from, or else of this world."""
-    start = checkpoints.starting_from(c, name)
     return Tokenizer(start.get("words") or words.make_tokenizer(world).words)
 
 
 def train_text(c: Config, world: World, vae: VAE, device: torch.device) -> None:
-    tokenizer = tokenizer_of(c, world, "text")
+    start = checkpoints.starting_from(c, "text")
+    tokenizer = tokenizer_of(start, world)
     torch.manual_seed(c.seed + 2)  # initial weights
     model = make_text(c, tokenizer.size)
-    checkpoints.begin_with(model, checkpoints.starting_from(c, "text"))
+    checkpoints.begin_with(model, start)
     most = min(c.text_steps, 100 * len(words.labelled(world)[0]) // c.text_batch + 1)
 
     def loss(model: nn.Module, part: words.Part, step: int) -> tuple[Tensor, dict]:
@@ -363,11 +363,13 @@ def dit_loss(model: nn.Module, part: batches.Part, c: Config, step: int) -> tupl
     return error.sum() / part.patches, logs
 
 
-def train_dit(c: Config, world: World, source: batches.Source, run: prompting.Run) -> None:
+def train_dit(
+    c: Config, world: World, source: batches.Source, run: prompting.Run, start: dict
+) -> None:
     device = run.device
     torch.manual_seed(c.seed + 1)  # initial weights
     dit = make_dit(c, run.tokenizer.size, world)
-    checkpoints.begin_with(dit, checkpoints.starting_from(c, "dit"))
+    checkpoints.begin_with(dit, start)
     dit.recompute = c.recompute
     if c.compile == "yes" or c.compile == "auto" and can_compile(device):
         for block in dit.blocks:
@@ -506,10 +508,11 @@ def stages(c: Config, world: World, device: torch.device) -> None:
             words.write_captions(language, c, made, said)
     if c.stage == "text":
         return
-    tokenizer = tokenizer_of(c, world, "dit")
+    start = checkpoints.starting_from(c, "dit")
+    tokenizer = tokenizer_of(start, world)
     source = source_of(c, world, made, said, tokenizer)
     run = prompting.Run(vae, None, tokenizer, world.about(), asdict(c), language)
-    train_dit(c, world, source, run)
+    train_dit(c, world, source, run, start)
 
 
 def source_of(c: Config, world: World, made: items.Items, said: list[Clip], tokenizer: Tokenizer):

@@ -3,8 +3,8 @@
 The paper has 7 x 8 cells of 4 x 4 pixels, and the brush is at one of them, seen as a dark ring that
 leaves the middle of its cell in sight. While it is down, it marks this cell in its colour; the
 eraser, the last of its tools, takes a bite of 3 x 3 cells. As in paint programs, a bar below the
-paper shows the tool: all of the bar is in its colour while it is down, half of it while it is
-lifted. So one frame says everything.
+paper shows the tool. While the brush is down, all of the bar is in the tool's colour; while it is
+lifted, only half. So one frame says everything.
 
 In training, one of three paints: one who draws lines; one who draws squares; one who presses keys
 at random, and holds them. The first two press a random key now and then.
@@ -20,7 +20,7 @@ COLORS = {"red": (225, 35, 60), "yellow": (250, 200, 0),
 TOOLS, ERASER = (*COLORS, "the eraser"), len(COLORS)
 CELLS = np.array([(245, 242, 230), *COLORS.values()], np.uint8)  # clean, and painted
 BARS = np.array([*COLORS.values(), (255, 140, 225), (50, 50, 60)], np.uint8)  # tools; no tool
-RING = np.full((CELL, CELL), True)
+RING = np.full((CELL, CELL), True)  # which of a cell's pixels the brush covers
 RING[1:-1, 1:-1] = False
 FIGURES, DRAWN, LEGS = 11, 5, 5  # of a plan; of a figure: its random numbers, and its goals
 WAYS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
