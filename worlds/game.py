@@ -1,10 +1,10 @@
 """A digital world: a game of bricks. All of it follows from the state and the keys.
 
-The picture has 16 x 16 cells of 2 x 2 pixels. The ball is one of them, and flies along diagonals, a
-cell a frame; the cell that it comes from glows, which shows its way. Walls, the paddle and bricks
-reflect it; a brick that is hit vanishes. The half of the paddle that it hits says whether it goes
-on to the left or to the right. A lost ball comes back in the middle, on its way down to the right,
-and when no brick is left there is a full wall again, the same each time: two frames say all that
+The picture has 10 x 10 cells of 4 x 4 pixels. The ball is one of them, and flies along diagonals, a
+cell a frame; its rear corner is dark, which shows its way. Walls, the paddle and bricks reflect it;
+a brick that is hit vanishes. From the paddle's ends the ball goes off to the left or the right,
+from its middle as it came. A lost ball comes back in the middle, on its way down to the right, and
+when no brick is left there is a full wall again, the same each time. So one frame says all that
 will happen.
 
 In training, one of three plays: one who follows the ball, mostly; one who presses keys at random,
@@ -15,32 +15,31 @@ import numpy as np
 
 from worlds.simulated import Simulated, State, chosen
 
-SIDE, CELL = 16, 2  # cells; pixels of a cell
+SIDE, CELL = 10, 4  # cells; pixels of a cell
 TOP, ROWS, WIDE = 1, 4, 2  # the first row of bricks, how many there are, cells of a brick
-COLUMNS, PADDLE, FLOOR = SIDE // WIDE, 4, 14  # bricks in a row; the paddle's width, and its row
+COLUMNS, PADDLE, FLOOR = SIDE // WIDE, 3, SIDE - 1  # bricks in a row; the paddle, and its row
 COLORS = {"red": (230, 60, 60), "orange": (240, 140, 30), "yellow": (225, 215, 40),
           "green": (60, 200, 80), "blue": (70, 110, 240), "purple": (180, 70, 220)}  # fmt: skip
-PALETTE = np.array([(12, 12, 32), *COLORS.values(), (110, 110, 150), (50, 190, 200),
-                    (255, 255, 255)], np.uint8)  # fmt: skip
-DARK, GLOW, PLAYER, BALL = 0, len(PALETTE) - 3, len(PALETTE) - 2, len(PALETTE) - 1
+PALETTE = np.array([(12, 12, 32), *COLORS.values(), (50, 190, 200), (255, 255, 255)], np.uint8)
+DARK, PLAYER, BALL = 0, len(PALETTE) - 2, len(PALETTE) - 1
 STYLES = ("the paddle follows the ball", "the paddle moves at random", "the paddle stands still")
 
 
 class Game(Simulated):
-    colors, actions = 3, ("stay", "left", "right")
-    flags = dict(durations=(3,), time_factor=1, channels=8, images=0.0, image_phase=0.0,
-                 items=12_000, given=0.03, later=0.9, vae_steps=1000, steps=3000)  # fmt: skip
+    colors, size, actions = 3, (SIDE * CELL, SIDE * CELL), ("stay", "left", "right")
+    flags = dict(durations=(2,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
+                 items=12_000, given=0.03, later=0.9, vae_steps=400, steps=3000)  # fmt: skip
     sampling = dict(steps=2, guidance=1.0, noise=0.05)
-    past, noise = 0.9, 0.3  # two frames, nearly always; what is small must be seen
+    noise = 0.3  # little, since what is small must be seen
 
     def begin(self, u: np.ndarray) -> State:
         """Anywhere in a game: some bricks are gone, and the ball may be among the others, where
-        most happens. What training never shows: other layouts, and a faster ball."""
-        n, beyond, row, column = len(u), self.config.beyond, np.arange(ROWS), np.arange(COLUMNS)
-        rows = row < chosen(u[:, 0], (2, 3, 4))[:, None]  # [n, ROWS]
+        most happens. What training never shows: other layouts."""
+        n, row, column = len(u), np.arange(ROWS), np.arange(COLUMNS)
+        rows = row < chosen(u[:, 0], (ROWS - 2, ROWS - 1, ROWS))[:, None]  # [n, ROWS]
         gaps = u[:, 8 : 8 + COLUMNS] < chosen(u[:, 1], (0.0, 0.3))[:, None]  # [n, COLUMNS]
         layout = rows[:, :, None] & ~gaps[:, None]  # [n, ROWS, COLUMNS]
-        if beyond:
+        if self.config.beyond:
             odd = (row[:, None] + column) % 2 == 0
             hill = np.minimum(column, COLUMNS - 1 - column) >= row[::-1, None]
             layout = np.where((u[:, 1] < 0.5)[:, None, None], odd, hill)
@@ -49,13 +48,10 @@ class Game(Simulated):
         bricks = layout & (u[:, 16 : 16 + ROWS * COLUMNS].reshape(n, ROWS, COLUMNS) < left)
         ball = np.column_stack([chosen(u[:, 4], range(FLOOR)), chosen(u[:, 5], range(SIDE))])
         sign = np.column_stack([chosen(u[:, 6], (-1, 1)), chosen(u[:, 7], (-1, 1))])
-        trail = (ball - sign).clip(0, (FLOOR - 1, SIDE - 1))
         return {
-            "bricks": bricks & ~touched(ball) & ~touched(trail),
+            "bricks": bricks & ~touched(ball),
             "ball": ball,  # [n, 2]: its row and column
-            "trail": trail,  # [n, 2]: where it was
             "sign": sign,  # [n, 2]: which way it goes
-            "speed": np.full(n, 2 if beyond else 1),  # cells a frame, the same in all clips
             "paddle": chosen(u[:, 49], range(SIDE - PADDLE + 1)),  # [n]: its left end
             "palette": 1 + u[:, 50 : 50 + len(COLORS)].argsort()[:, :ROWS],  # of the rows
             "style": chosen(u[:, 56], (0, 0, 0, 0, 1, 1, 1, 2)),
@@ -74,41 +70,42 @@ class Game(Simulated):
         paddle = state["paddle"] + (action == 3) - (action == 2)
         paddle = paddle.clip(0, SIDE - PADDLE)
         ball, sign, bricks = (state[name].copy() for name in ("ball", "sign", "bricks"))
-        for _ in range(state["speed"].max(initial=0)):
-            for axis in (1, 0):  # sideways, then up or down
-                to = ball.copy()
-                to[:, axis] += sign[:, axis]
-                hit = bricks & touched(to)
-                bricks &= ~hit
-                back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
-                if axis == 0:
-                    low, on = to[:, 0] == FLOOR, to[:, 1] - paddle
-                    caught = low & (on >= 0) & (on < PADDLE)
-                    aside = np.where(2 * on >= PADDLE, 1, -1)
-                    sign[:, 1] = np.where(caught, aside, sign[:, 1])
-                    back |= caught
-                sign[:, axis] = np.where(back, -sign[:, axis], sign[:, axis])
-                ball[:, axis] = np.where(back, ball[:, axis], to[:, axis])
-            ball[low & ~caught], sign[low & ~caught] = (SIDE // 2, SIDE // 2), (1, 1)
+        for axis in (1, 0):  # sideways, then up or down
+            to = ball.copy()
+            to[:, axis] += sign[:, axis]
+            hit = bricks & touched(to)
+            bricks &= ~hit
+            back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
+            if axis == 0:
+                low, on = to[:, 0] == FLOOR, to[:, 1] - paddle
+                caught = low & (on >= 0) & (on < PADDLE)
+                aside = np.select([on == 0, on == PADDLE - 1], [-1, 1], sign[:, 1])
+                sign[:, 1] = np.where(caught, aside, sign[:, 1])
+                back |= caught
+            sign[:, axis] = np.where(back, -sign[:, axis], sign[:, axis])
+            ball[:, axis] = np.where(back, ball[:, axis], to[:, axis])
+        ball[low & ~caught], sign[low & ~caught] = (SIDE // 2, SIDE // 2), (1, 1)
         cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
         palette = np.where(cleared[:, None], 1 + np.arange(ROWS), state["palette"])
         bricks |= cleared[:, None, None]
-        return state | {"paddle": paddle, "ball": ball, "trail": state["ball"], "sign": sign,
-                        "bricks": bricks, "palette": palette}  # fmt: skip
+        return state | {"paddle": paddle, "ball": ball, "sign": sign, "bricks": bricks,
+                        "palette": palette}  # fmt: skip
 
     def render(self, state: State) -> np.ndarray:
         n, wall = np.arange(len(state["ball"])), state["bricks"] * state["palette"][:, :, None]
-        cells = np.zeros((len(n), SIDE, SIDE), int)
-        cells[n, state["trail"][:, 0], state["trail"][:, 1]] = GLOW
-        bricks = wall.repeat(WIDE, axis=2)
-        cells[:, TOP : TOP + ROWS] = np.where(bricks, bricks, cells[:, TOP : TOP + ROWS])
+        cells = np.full((len(n), SIDE, SIDE), DARK)
+        cells[:, TOP : TOP + ROWS] = wall.repeat(WIDE, axis=2)
         cells[n[:, None], FLOOR, state["paddle"][:, None] + np.arange(PADDLE)] = PLAYER
         cells[n, state["ball"][:, 0], state["ball"][:, 1]] = BALL
-        return PALETTE[cells].repeat(CELL, axis=1).repeat(CELL, axis=2).transpose(0, 3, 1, 2)
+        pixels = cells.repeat(CELL, axis=1).repeat(CELL, axis=2)  # [n, H, W]
+        half = np.arange(CELL // 2)
+        y, x = (CELL * state["ball"] + CELL // 2 * (state["sign"] < 0)).T[..., None] + half
+        pixels[n[:, None, None], y[:, :, None], x[:, None]] = DARK  # the rear corner
+        return PALETTE[pixels].transpose(0, 3, 1, 2)
 
     def read(self, pixels: np.ndarray) -> State:
-        """A brick is where colour is, the ball is the brightest cell in all three colours, and the
-        paddle lies where its row looks most like it."""
+        """A brick is where colour is, the ball is the brightest cell in all three colours and has
+        its darkest corner behind, and the paddle lies where its row looks most like it."""
         x = cells_of(pixels)  # [T, SIDE, SIDE, 3]
         vivid = (x.max(3) - x.min(3))[:, TOP : TOP + ROWS]
         vivid = vivid.reshape(len(x), ROWS, COLUMNS, WIDE).mean(3)
@@ -116,7 +113,10 @@ class Game(Simulated):
         player = -np.abs(x[:, FLOOR] - PALETTE[PLAYER]).sum(2)  # [T, SIDE]
         player = np.lib.stride_tricks.sliding_window_view(player, PADDLE, axis=1).sum(2).argmax(1)
         ball = np.column_stack(np.unravel_index(white, (SIDE, SIDE)))
-        return {"bricks": vivid > 80, "ball": ball, "paddle": player}
+        corners = pixels.mean(0).reshape(len(x), SIDE, 2, CELL // 2, SIDE, 2, -1).mean((3, 6))
+        corners = corners[np.arange(len(x)), ball[:, 0], :, ball[:, 1]].reshape(len(x), -1)
+        rear = np.column_stack(np.unravel_index(corners.argmin(1), (2, 2)))
+        return {"bricks": vivid > 80, "ball": ball, "sign": 1 - 2 * rear, "paddle": player}
 
     @staticmethod
     def lasting(caption: str) -> str:

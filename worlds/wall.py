@@ -12,7 +12,9 @@ in which frame and where.
     7 -> |////////|          a tall one. Each is thicker than a digit. One gap at least is so wide
          |////////|          that the first digit, which starts there, is seen whole for 3 frames.
 
-A wall is hatched along diagonals and does not move: neither black nor ink looks like it.
+A wall is hatched along diagonals and does not move: neither black nor ink looks like it. Walls and
+digits start at multiples of 8 pixels, and digits move by 2 a frame, which is a patch of `tiny` in
+the four frames of a latent: to go on is to move patches, whatever is written in them.
 
 Alphabet as in data.py; L is the longer side of a picture, `axis` is 1 where that is its width.
 """
@@ -24,7 +26,8 @@ import numpy as np
 from data import Clip, Digits, World, descriptive_caption, hashed_uniform, reading_order
 
 LEVELS, PERIOD = (70, 140), 4  # greys of the hatching; pixels in which it repeats
-MOST, BETWEEN = 3, 4  # walls at most; pixels between two of them at least
+GRID = 8  # pixels; all starts at multiples of it
+MOST, BETWEEN = 3, 1  # walls at most; multiples of GRID between two of them at least
 ALONG, TOWARDS = 0.85, 0.8  # shares of first digits sent along the axis, and to a wall first
 TRIES = 8  # places for a second digit
 FAINT, BRIGHT, SPECK = 52, 175, 0.02  # for reading: between are walls; least ink, as in reader.py
@@ -35,8 +38,9 @@ WHEN = ("at no time", "for a while", "at the start", "at the end", "at both ends
 
 
 class Wall(Digits):
-    flags = dict(durations=(17, 33), shapes=("24x64", "64x24", "32x48", "48x32"), digit=12,
-                 tokens=320, rows=7, steps=3000, items=12_000)  # fmt: skip
+    flags = dict(durations=(33,), shapes=("16x64", "64x16", "24x48", "48x24"), digit=8,
+                 channels=4, tokens=352, rows=6, steps=3000, items=12_000, images=0.1,
+                 image_phase=0.1, given=0.45, later=0.25)  # fmt: skip
     labelled, prompts, otherwise = World.labelled, World.prompts, staticmethod(World.otherwise)
 
     def clips(self, i, image=False, later=0, frames=None, pixels: bool = True) -> list[Clip]:
@@ -53,7 +57,8 @@ class Wall(Digits):
         raw, d, n = super().draw(i, sizes), self.config.digit, np.arange(len(i))
         u, sides = hashed_uniform(self.config.seed + 2**37, i, 12 + 2 * TRIES), sizes[:, 1:]
         axis, L = (sides[:, 1] >= sides[:, 0]).astype(int), sides.max(1)  # [n]
-        walls, low, high = self.build(u[:, :8], L)
+        walls, low, high = (GRID * x for x in self.build(u[:, :8], L // GRID))
+        raw["velocity"] = np.sign(raw["velocity"]) * max(self.config.speeds)
         start, velocity = raw["start"], raw["velocity"]  # [n, 2, 2]
         # The first digit: which way, then how far ahead a wall or an edge is, where there is room.
         v, along = velocity[:, 0].sum(1), u[:, 8] < ALONG
@@ -65,11 +70,12 @@ class Wall(Digits):
         ahead = np.minimum(room, abs(v) * (least + (6 * u[:, 10] ** 2).astype(int)))  # mostly near
         anywhere = (u[:, 11] * (room + 1)).astype(int)
         start[n, 0, axis] = low + np.choose(np.sign(v) + 1, [ahead, anywhere, room - ahead])
+        start[:, 0] = start[:, 0] // GRID * GRID
         # The second: the first place in view and apart, 4 frames from an edge; or it is left out.
         room = (sides - d)[:, None]  # [n, 1, 2]
         runway = np.clip(4 * velocity[:, 1:], -room, room)
         tries = (u[:, 12:].reshape(-1, TRIES, 2) * (room + 1)).astype(int)  # [n, TRIES, 2]
-        tries = np.clip(tries, np.maximum(0, -runway), room - np.maximum(0, runway))
+        tries = np.clip(tries, np.maximum(0, -runway), room - np.maximum(0, runway)) // GRID * GRID
         fits = (abs(tries - start[:, :1]) >= d).any(2)
         fits &= covered(tries[n, :, axis, None], walls[:, None], d) == 0
         start[:, 1] = tries[n, fits.argmax(1)]
@@ -79,15 +85,15 @@ class Wall(Digits):
     def build(self, u: np.ndarray, L: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Walls [n, MOST, 2], and from where to where the gap is in which the first digit starts.
         What training never shows: three walls, or one that is thicker. Where a wall and a digit
-        have no room side by side, as in small images, there is none."""
-        d, beyond, j = self.config.digit, self.config.beyond, np.arange(MOST + 1)
-        whole = np.where(L > 2 * d, np.minimum(d + 2 * max(self.config.speeds), L - d - 1), L)
+        have no room side by side, as in small images, there is none. All in multiples of GRID."""
+        d, beyond, j = -(-self.config.digit // GRID), self.config.beyond, np.arange(MOST + 1)
+        whole = np.where(L > 2 * d + 1, d + 1, L)
         many = np.where(u[:, 0] < (0.5 if beyond else 0.2), 3 if beyond else 2, 1)
-        many = np.where((L - whole - BETWEEN * (many - 1)) // many > d, many, L > 2 * d)
+        many = np.where((L - whole - BETWEEN * (many - 1)) // many > d, many, L > 2 * d + 1)
         room = (L - whole - BETWEEN * np.maximum(many - 1, 0)) // np.maximum(many, 1)
         thicker = beyond & (many == 1)
-        least = np.minimum(np.where(thicker, 2 * d + 5, d + 1), room)
-        most = np.minimum(np.where(thicker, 3 * d, 2 * d + 4), room)
+        least = np.minimum(np.where(thicker, 2 * d + 2, d + 1), room)
+        most = np.minimum(np.where(thicker, 3 * d, 2 * d + 1), room)
         there = j[:-1] < many[:, None]  # [n, MOST]
         thick = least[:, None] + np.sqrt(u[:, 1:4]) * (most - least + 1)[:, None]  # mostly thick
         thick = there * thick.astype(int)
