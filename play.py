@@ -267,7 +267,8 @@ def bench(run: Run, frames: int, how: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("play.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--run", help="a folder of train.py (default: the newest below out/)")
+    about = "a folder of train.py (default: the newest below out/, or what ships)"
+    parser.add_argument("--run", help=about)
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--no-open", action="store_true", help="open no browser")
     parser.add_argument("--bench", action="store_true", help="play without a page, and time it")
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of denoising, of --bench")
     args = parser.parse_args(argv)
     try:
-        first = Path(args.run or prompting.newest_run())
+        first = Path(args.run or prompting.newest_run("game"))
         run = load(str(first))
         if args.bench:
             if not run.world["actions"]:

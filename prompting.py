@@ -23,7 +23,6 @@ Alphabet: N clips of one size; T, H, W in pixels; Z, t, h, w in latents; ft fram
 Run `python prompting.py` to see each task's windows, and which frames are known.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -45,6 +44,7 @@ from vae import VAE, VAEConfig, to_float, to_uint8
 LATER = 2.0  # guidance of such a window, at most: with more, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 AT_ONCE = 16  # clips
+SHIPPED = Path(__file__).parent / "assets" / "weights"  # trained runs
 
 # ------------------------------------------------------------------------------------ a trained run
 
@@ -68,37 +68,24 @@ class Run:
         self.lasting = data.world_class(self.world["config"]["kind"]).lasting
 
 
-def find_weights(folder: str | Path, name: str) -> Path:
-    """The file of a network in a run's folder; if there is none, the path its .pt would have."""
-    paths = [Path(folder, name + suffix) for suffix in (".pt", ".safetensors")]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
-def newest_run() -> Path:
-    """The folder below out/ whose DiT was saved last."""
-    paths = [find_weights(folder, "dit") for folder in Path("out").glob("*")]
-    if not (found := [path for path in paths if path.is_file()]):
+def newest_run(shipped: str = "") -> Path:
+    """The folder below out/ whose DiT was saved last; if there is none, what ships by that name."""
+    if found := list(Path("out").glob("*/dit.pt")):
+        return max(found, key=lambda path: path.stat().st_mtime).parent
+    if not shipped:
         raise FileNotFoundError("no trained run below out/: train.py --preset tiny makes one")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    return SHIPPED / shipped
 
 
 def read_weights(path: str | Path, device: str | torch.device) -> dict:
     """All that a file holds: {"ema": {name: tensor}}, and the rest by name. Only tensors and plain
-    values are unpickled. A .safetensors file has the plain values as JSON, under "sora"."""
+    values are unpickled."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: train there first, or name another folder")
     try:
-        if path.suffix != ".safetensors":
-            saved = torch.load(path, map_location=device, weights_only=True)
-            return saved | {"ema": saved["ema"]}
-        from safetensors import safe_open
-
-        with safe_open(path, "pt", str(device)) as file:
-            about = json.loads((file.metadata() or {}).get("sora", "{}"))
-            return about | {"ema": {name: file.get_tensor(name) for name in file.keys()}}
-    except ImportError:
-        raise ValueError("the package safetensors is missing: pip install safetensors") from None
+        saved = torch.load(path, map_location=device, weights_only=True)
+        return saved | {"ema": saved["ema"]}
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of ours ({type(error).__name__})") from None
 
@@ -115,11 +102,11 @@ def load_network(path: str | Path, network: type, config: type, device) -> tuple
 
 
 def load_vae(folder: str | Path, device: str | torch.device) -> VAE:
-    return load_network(find_weights(folder, "vae"), VAE, VAEConfig, device)[0]
+    return load_network(Path(folder, "vae.pt"), VAE, VAEConfig, device)[0]
 
 
 def load_language(folder: str | Path, device: str | torch.device) -> Language:
-    path = find_weights(folder, "text")
+    path = Path(folder, "text.pt")
     model, saved = load_network(path, LanguageModel, LanguageConfig, device)
     return Language(model, Tokenizer(saved["words"]), saved["world"])
 
@@ -127,10 +114,10 @@ def load_language(folder: str | Path, device: str | torch.device) -> Language:
 def load_run(folder: str | Path, device: str | torch.device | None = None) -> Run:
     """folder: or the file of one DiT in it, such as dit.best-800.pt."""
     device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
-    path, folder = (path, path.parent) if path.is_file() else (find_weights(path, "dit"), path)
+    path, folder = (path, path.parent) if path.is_file() else (path / "dit.pt", path)
     dit, saved = load_network(path, DiT, DiTConfig, device)
     words, vae, language = Tokenizer(saved["words"]), load_vae(folder, device), None
-    if saved["config"]["captions"] == "recaptioned" and find_weights(folder, "text").is_file():
+    if saved["config"]["captions"] == "recaptioned" and Path(folder, "text.pt").is_file():
         language = load_language(folder, device)
     return Run(vae, dit, words, saved["world"], saved["config"], language)
 

@@ -59,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("sample.py", description=__doc__, formatter_class=how)
     say, task = parser.add_argument, parser.add_mutually_exclusive_group()
     length = parser.add_mutually_exclusive_group()
-    say("--run", help="a folder that train.py wrote (default: the newest below out/)")
+    say("--run", help="a folder of train.py (default: the newest below out/, or what ships)")
     say("--prompt", help='what to show; "" for anything')
     say("--no-expand", action="store_true", help="take the prompt as it is")
     task.add_argument("--image", metavar="FILE", help="animate this image")
@@ -223,7 +223,7 @@ def write(run: Run, args: argparse.Namespace, tasks: list[Task]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    run = prompting.load_run(args.run or prompting.newest_run())
+    run = prompting.load_run(args.run or prompting.newest_run("tiny"))
     args.fps = args.fps or run.world["fps"]
     for prompt in filter(None, (args.prompt, args.then)):
         if (words := len(run.tokenizer.encode(prompt))) > MOST_WORDS:

@@ -18,7 +18,7 @@ Four stages, each of which needs the ones before it:
 
 A run's folder, out/<preset>, also holds config.json; log.jsonl, a line of figures every few steps,
 and loss.png, its picture; samples/, clips of fixed prompts and seeds as training goes on; cache/,
-a folder's clips as pixels. `--stage export` writes the EMA weights of each .pt as .safetensors.
+a folder's clips as pixels. `--stage export` writes what sampling needs into <out>/weights/.
 
 In reading order: the configuration; the loss of each stage; what is shown; the command line. The
 loop is training/loop.py; a step's batch, training/batches.py.
@@ -501,7 +501,7 @@ def stages(c: Config, world: World, device: torch.device) -> None:
         raise ValueError("no clip has a caption to learn from")
     if c.stage in ("all", "text") and lacking and some:
         train_text(c, world, vae, device)
-    if c.captions == "recaptioned" and prompting.find_weights(c.folder, "text").exists():
+    if c.captions == "recaptioned" and (c.folder / "text.pt").exists():
         language = prompting.load_language(c.folder, device)
     if c.stage in ("all", "text") and language:
         with prompting.bf16(device):

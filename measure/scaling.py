@@ -54,7 +54,7 @@ def held_back_loss(run: prompting.Run, c: train.Config, count: int = 8) -> tuple
 
 def finished(folder: Path) -> train.Config:
     """The flags of a training that is done, and can be measured."""
-    saved = prompting.read_weights(prompting.find_weights(folder, "dit"), "cpu")
+    saved = prompting.read_weights(folder / "dit.pt", "cpu")
     c = replace(train.Config(**saved["config"]), out=str(folder))
     if (kind := saved["world"]["config"]["kind"]) not in (kinds := ("digits", *worlds.WORLDS)):
         raise ValueError(f"this run learned from {kind}: only {', '.join(kinds)} can be measured")

@@ -4,7 +4,7 @@
                         network's configuration, the world, the flags, the tokenizer's words
     dit.before.pt       the checkpoint before that, while training goes on
     dit.best-<step>.pt  the EMA weights that did best on clips held back
-    dit.safetensors     the EMA weights alone, for other programs (`train.py --stage export`)
+    weights/dit.pt      the EMA weights alone, in 16 bits, to give away (train.py --stage export)
 
 A file is written under another name, then renamed: whenever training is killed, it is whole.
 Training waits while it is written: 0.04 s for `tiny`, 4.5 s for 100 M parameters.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from data import world_class
-from prompting import find_weights, read_weights
+from prompting import read_weights
 from training.processes import barrier, rank, sharded_as, whole
 
 STAGES = ("vae", "text", "dit")
@@ -148,9 +148,9 @@ def starting_from(c, name: str) -> dict:
         return {}
     path = Path(c.init_from)
     if path.is_dir():
-        if not any(find_weights(path, other).exists() for other in STAGES):
+        if not any((path / f"{other}.pt").exists() for other in STAGES):
             raise FileNotFoundError(f"--init-from {path}: no vae, text or dit is in that folder")
-        if not (path := find_weights(path, name)).exists():  # it did not train this one
+        if not (path := path / f"{name}.pt").exists():  # it did not train this one
             return {}
     return read_weights(path, "cpu") | {"path": path}
 
@@ -171,18 +171,14 @@ def begin_with(model: nn.Module, start: dict) -> None:
 
 
 def export(folder: Path) -> list[Path]:
-    """Write a .safetensors beside each .pt of a run's folder."""
+    """Write what sampling needs of a run, in a sixth of its size, into its folder `weights`."""
     found = [path for name in STAGES if (path := folder / f"{name}.pt").is_file()]
     if not found:
         raise FileNotFoundError(f"nothing to export in {folder}: train there first")
-    try:
-        import safetensors.torch  # for those who use it
-    except ImportError:
-        raise ValueError("the package safetensors is missing: pip install safetensors") from None
+    (folder / "weights").mkdir(exist_ok=True)
     for path in found:
         saved = read_weights(path, "cpu")
-        tensors = {name: x.contiguous() for name, x in saved["ema"].items()}
-        about = {k: v for k, v in saved.items() if k not in ("ema", "weights", "optimizers")}
-        made = safetensors.torch.save(tensors, {"sora": json.dumps(about)})
-        write(path.with_suffix(".safetensors"), made)
-    return [path.with_suffix(".safetensors") for path in found]
+        saved["ema"] = {name: x.half() for name, x in saved["ema"].items()}
+        kept = {k: v for k, v in saved.items() if k not in ("weights", "optimizers")}
+        write(folder / "weights" / path.name, kept)
+    return [folder / "weights" / path.name for path in found]
