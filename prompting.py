@@ -44,7 +44,7 @@ from vae import VAE, VAEConfig, to_float, to_uint8
 LATER = 2.0  # guidance of such a window, at most: with more, digits wear out
 MOST_TOKENS = 2**16  # patches at once; more would take hours, or all the memory
 AT_ONCE = 16  # clips
-SHIPPED = Path(__file__).parent / "assets" / "weights"  # trained runs
+SHIPPED = data.HERE / "assets" / "weights"  # trained runs
 
 # ------------------------------------------------------------------------------------ a trained run
 

@@ -93,12 +93,12 @@ def games(world: World, n: int, frames: int = 64) -> list[Clip]:
 
 def score_game(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
     (true, seen), k, T = states(world, clips, made), clips[0].facts["known"], made[0].shape[1]
-    off = np.abs(seen["ball"] - true["ball"]).max(2)  # [n, T], in cells
+    ball = (seen["ball"] == true["ball"]).all(2)  # [n, T]: in the right cell
     paddle = seen["paddle"] == true["paddle"]  # [n, T]
     bricks = seen["bricks"] == true["bricks"]  # [n, T, rows, columns]
     speed = np.diff(seen["ball"], axis=1) - np.diff(true["ball"], axis=1)  # [n, T - 1, 2]
     error = CELL * np.linalg.norm(speed[:, k - 1 : k + 15], axis=2)
-    wrong = np.stack([off > 0, ~paddle, ~bricks.all((2, 3))], axis=2)[:, k:]  # [n, new, 3]
+    wrong = np.stack([~ball, ~paddle, ~bricks.all((2, 3))], axis=2)[:, k:]  # [n, new, 3]
     wrong = np.concatenate([wrong, np.ones_like(wrong[:, :1])], axis=1)
     first = wrong.argmax(1)  # [n, 3]: when each is wrong for the first time
     back = (np.diff(seen["bricks"].astype(int), axis=1) > 0) & ~true["bricks"][:, 1:]
@@ -106,7 +106,7 @@ def score_game(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figur
     came = (back[:, k - 1 :].any((2, 3)) & kept[:, k - 1 :]).any(1)
     figures = {"paddle": paddle[:, k:].mean(), "ball's speed, px off": error.mean()}
     for later in (x for x in (16, 64, 256) if k + x <= T):
-        figures[f"ball after {later}"] = (off[:, k + later - 1] == 0).mean()
+        figures[f"ball after {later}"] = ball[:, k + later - 1].mean()
         figures[f"bricks after {later}"] = bricks[:, k + later - 1].mean()
     figures |= {"some brick comes back": came.mean(),
                 "first wrong, frames": np.median(first.min(1)),

@@ -58,7 +58,7 @@ class Wall(Digits):
         u, sides = hashed_uniform(self.config.seed + 2**37, i, 12 + 2 * TRIES), sizes[:, 1:]
         axis, L = (sides[:, 1] >= sides[:, 0]).astype(int), sides.max(1)  # [n]
         walls, low, high = (GRID * x for x in self.build(u[:, :8], L // GRID))
-        raw["velocity"] = np.sign(raw["velocity"]) * max(self.config.speeds)
+        raw["velocity"] = np.sign(raw["velocity"]) * max(self.config.speeds)  # the same for all
         start, velocity = raw["start"], raw["velocity"]  # [n, 2, 2]
         # The first digit: which way, then how far ahead a wall or an edge is, where there is room.
         v, along = velocity[:, 0].sum(1), u[:, 8] < ALONG
