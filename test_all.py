@@ -744,7 +744,7 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
     world = open_world(WorldConfig("game"))
     empty = np.zeros((game.ROWS, game.COLUMNS), bool)
     wall = empty | (np.arange(game.ROWS) == 3)[:, None]  # in row 4 of the cells
-    free = {"bricks": wall, "palette": [5, 6, 2, 1], "paddle": 0}
+    free = {"bricks": wall, "palette": [5, 6, 2, 1], "paddle": 0, "lost": False}
 
     def after(action: int = 1, **changes) -> dict:
         state = world.step(alone(world, **free | changes), np.array([action]))
@@ -758,6 +758,9 @@ def test_the_ball_is_reflected_takes_a_brick_and_comes_back():
     ):  # fmt: skip
         state = after(ball=ball, sign=sign)
         assert (state["ball"], state["sign"], state["bricks"]) == (to, way, wall.tolist())
+        assert state["lost"] == (ball == (8, 5))
+    state = after(ball=(5, 5), sign=(1, 1), lost=True)  # it is back
+    assert (state["lost"], state["ball"], state["sign"]) == (False, [5, 5], [1, 1])
     state = after(ball=(0, 5), sign=(-1, 1), bricks=empty)
     assert (state["ball"], state["sign"]) == ([0, 6], [1, 1])
     state = after(ball=(5, 4), sign=(-1, 1))

@@ -94,6 +94,7 @@ def games(world: World, n: int, frames: int = 64) -> list[Clip]:
 def score_game(world: World, clips: list[Clip], made: list[np.ndarray]) -> Figures:
     (true, seen), k, T = states(world, clips, made), clips[0].facts["known"], made[0].shape[1]
     ball = (seen["ball"] == true["ball"]).all(2)  # [n, T]: in the right cell
+    ball &= seen["lost"] == true["lost"]
     paddle = seen["paddle"] == true["paddle"]  # [n, T]
     bricks = seen["bricks"] == true["bricks"]  # [n, T, rows, columns]
     speed = np.diff(seen["ball"], axis=1) - np.diff(true["ball"], axis=1)  # [n, T - 1, 2]
@@ -124,10 +125,12 @@ def endless(run: prompting.Run, world: World, frames: int, still: bool, how: dic
         x = made[:, :, of].reshape(3, -1, *made.shape[3:]).astype(float)  # [C, n T, H, W]
         away = np.stack([np.abs(x - c[:, None, None, None]).max(0) for c in PALETTE.astype(float)])
         cells = cells_of(x)  # [n T, rows, columns, C]
-        balls = (np.abs(cells - PALETTE[BALL]).max(3) < 100).sum((1, 2))
+        balls = (np.abs(cells - PALETTE[BALL]).max(3) < 100).sum((1, 2)).reshape(len(clips), -1)
+        now, before = balls[:, 1:], balls[:, :-1]  # [n, T]: for a frame, a lost ball is not there
+        one = (now == 1) | (now == 0) & (before == 1)
         paddle = (np.abs(cells[:, FLOOR] - PALETTE[PLAYER]).max(2) < 64).sum(1)
         figures |= {f"sharp in the {name} tenth": float((away.min(0) < 48).mean()),
-                    f"one ball in the {name} tenth": float((balls == 1).mean()),
+                    f"one ball in the {name} tenth": float(one.mean()),
                     f"a paddle in the {name} tenth": float((paddle == PADDLE).mean())}  # fmt: skip
     return figures
 

@@ -3,9 +3,9 @@
 The picture has 10 x 10 cells of 4 x 4 pixels. The ball is one of them, and flies along diagonals, a
 cell a frame; its rear corner is dark, which shows its way. Walls, the paddle and bricks reflect it;
 a brick that is hit vanishes. From the paddle's ends the ball goes off to the left or the right,
-from its middle as it came. A lost ball comes back in the middle, on its way down to the right, and
-when no brick is left there is a full wall again, the same each time. So one frame says all that
-will happen.
+from its middle as it came. Where there is no ball, as when one was lost, the next frame has one in
+the middle, on its way down to the right; when no brick is left there is a full wall again, the same
+each time. So one frame says all that will happen, and a model that loses the ball gets it back.
 
 In training, one of three plays: one who follows the ball, mostly; one who presses keys at random,
 and holds them; one who stands still.
@@ -18,17 +18,19 @@ from worlds.simulated import Simulated, State, chosen
 SIDE, CELL = 10, 4  # cells; pixels of a cell
 TOP, ROWS, WIDE = 1, 4, 2  # the first row of bricks, how many there are, cells of a brick
 COLUMNS, PADDLE, FLOOR = SIDE // WIDE, 3, SIDE - 1  # bricks in a row; the paddle, and its row
+SERVED = SIDE // 2, SIDE // 2  # where a ball comes back
 COLORS = {"red": (230, 60, 60), "orange": (240, 140, 30), "yellow": (225, 215, 40),
           "green": (60, 200, 80), "blue": (70, 110, 240), "purple": (180, 70, 220)}  # fmt: skip
 PALETTE = np.array([(12, 12, 32), *COLORS.values(), (50, 190, 200), (255, 255, 255)], np.uint8)
 DARK, PLAYER, BALL = 0, len(PALETTE) - 2, len(PALETTE) - 1
+FAINT = 128  # for reading: a ball has 194 in each colour, all else at most 70 in one
 STYLES = ("the paddle follows the ball", "the paddle moves at random", "the paddle stands still")
 
 
 class Game(Simulated):
     colors, size, actions = 3, (SIDE * CELL, SIDE * CELL), ("stay", "left", "right")
     flags = dict(durations=(2,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
-                 items=12_000, given=0.03, later=0.9, vae_steps=400, steps=3000)  # fmt: skip
+                 items=12_000, given=0.03, later=0.9, vae_steps=800, steps=6000)  # fmt: skip
     sampling = dict(steps=2, guidance=1.0, noise=0.05)
     noise = 0.3  # little, since what is small must be seen
 
@@ -48,9 +50,12 @@ class Game(Simulated):
         bricks = layout & (u[:, 16 : 16 + ROWS * COLUMNS].reshape(n, ROWS, COLUMNS) < left)
         ball = np.column_stack([chosen(u[:, 4], range(FLOOR)), chosen(u[:, 5], range(SIDE))])
         sign = np.column_stack([chosen(u[:, 6], (-1, 1)), chosen(u[:, 7], (-1, 1))])
+        lost = u[:, 57] < 0.05
+        ball[lost], sign[lost] = SERVED, 1
         return {
             "bricks": bricks & ~touched(ball),
-            "ball": ball,  # [n, 2]: its row and column
+            "lost": lost,  # [n]: whether there is no ball
+            "ball": ball,  # [n, 2]: its row and column, or where it will come back
             "sign": sign,  # [n, 2]: which way it goes
             "paddle": chosen(u[:, 49], range(SIDE - PADDLE + 1)),  # [n]: its left end
             "palette": 1 + u[:, 50 : 50 + len(COLORS)].argsort()[:, :ROWS],  # of the rows
@@ -68,11 +73,12 @@ class Game(Simulated):
 
     def step(self, state: State, action: np.ndarray) -> State:
         paddle = state["paddle"] + (action == 3) - (action == 2)
-        paddle = paddle.clip(0, SIDE - PADDLE)
+        paddle, lost = paddle.clip(0, SIDE - PADDLE), state["lost"]
         ball, sign, bricks = (state[name].copy() for name in ("ball", "sign", "bricks"))
         for axis in (1, 0):  # sideways, then up or down
             to = ball.copy()
             to[:, axis] += sign[:, axis]
+            to[lost] = SERVED
             hit = bricks & touched(to)
             bricks &= ~hit
             back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
@@ -84,39 +90,44 @@ class Game(Simulated):
                 back |= caught
             sign[:, axis] = np.where(back, -sign[:, axis], sign[:, axis])
             ball[:, axis] = np.where(back, ball[:, axis], to[:, axis])
-        ball[low & ~caught], sign[low & ~caught] = (SIDE // 2, SIDE // 2), (1, 1)
+        lost = low & ~caught
+        ball[lost], sign[lost] = SERVED, 1
         cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
         palette = np.where(cleared[:, None], 1 + np.arange(ROWS), state["palette"])
         bricks |= cleared[:, None, None]
-        return state | {"paddle": paddle, "ball": ball, "sign": sign, "bricks": bricks,
-                        "palette": palette}  # fmt: skip
+        return state | {"paddle": paddle, "lost": lost, "ball": ball, "sign": sign,
+                        "bricks": bricks, "palette": palette}  # fmt: skip
 
     def render(self, state: State) -> np.ndarray:
         n, wall = np.arange(len(state["ball"])), state["bricks"] * state["palette"][:, :, None]
         cells = np.full((len(n), SIDE, SIDE), DARK)
         cells[:, TOP : TOP + ROWS] = wall.repeat(WIDE, axis=2)
         cells[n[:, None], FLOOR, state["paddle"][:, None] + np.arange(PADDLE)] = PLAYER
-        cells[n, state["ball"][:, 0], state["ball"][:, 1]] = BALL
+        there, half = np.flatnonzero(~state["lost"]), np.arange(CELL // 2)
+        ball, sign = state["ball"][there], state["sign"][there]
+        cells[there, ball[:, 0], ball[:, 1]] = BALL
         pixels = cells.repeat(CELL, axis=1).repeat(CELL, axis=2)  # [n, H, W]
-        half = np.arange(CELL // 2)
-        y, x = (CELL * state["ball"] + CELL // 2 * (state["sign"] < 0)).T[..., None] + half
-        pixels[n[:, None, None], y[:, :, None], x[:, None]] = DARK  # the rear corner
+        y, x = (CELL * ball + CELL // 2 * (sign < 0)).T[..., None] + half
+        pixels[there[:, None, None], y[:, :, None], x[:, None]] = DARK  # the rear corner
         return PALETTE[pixels].transpose(0, 3, 1, 2)
 
     def read(self, pixels: np.ndarray) -> State:
-        """A brick is where colour is, the ball is the brightest cell in all three colours and has
-        its darkest corner behind, and the paddle lies where its row looks most like it."""
+        """A brick is where colour is, the ball is the brightest cell in all three colours, if one
+        is bright, and has its darkest corner behind, and the paddle lies where its row looks most
+        like it."""
         x = cells_of(pixels)  # [T, SIDE, SIDE, 3]
         vivid = (x.max(3) - x.min(3))[:, TOP : TOP + ROWS]
         vivid = vivid.reshape(len(x), ROWS, COLUMNS, WIDE).mean(3)
-        white = x.min(3).reshape(len(x), -1).argmax(1)
+        white = x.min(3).reshape(len(x), -1)
         player = -np.abs(x[:, FLOOR] - PALETTE[PLAYER]).sum(2)  # [T, SIDE]
         player = np.lib.stride_tricks.sliding_window_view(player, PADDLE, axis=1).sum(2).argmax(1)
-        ball = np.column_stack(np.unravel_index(white, (SIDE, SIDE)))
+        ball = np.column_stack(np.unravel_index(white.argmax(1), (SIDE, SIDE)))
+        lost = white.max(1) < FAINT
         corners = pixels.mean(0).reshape(len(x), SIDE, 2, CELL // 2, SIDE, 2, -1).mean((3, 6))
         corners = corners[np.arange(len(x)), ball[:, 0], :, ball[:, 1]].reshape(len(x), -1)
-        rear = np.column_stack(np.unravel_index(corners.argmin(1), (2, 2)))
-        return {"bricks": vivid > 80, "ball": ball, "sign": 1 - 2 * rear, "paddle": player}
+        sign = 1 - 2 * np.column_stack(np.unravel_index(corners.argmin(1), (2, 2)))
+        ball[lost], sign[lost] = SERVED, 1
+        return {"bricks": vivid > 80, "lost": lost, "ball": ball, "sign": sign, "paddle": player}
 
     @staticmethod
     def lasting(caption: str) -> str:
