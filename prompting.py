@@ -205,12 +205,13 @@ def settings(run: Run, task: Task) -> Settings:
     Fresh noise in each step lets a digit that was placed wrong still move. What follows from known
     frames and actions alone takes few steps; to begin with nothing takes many."""
     known, own = np.flatnonzero(task.known), run.world["sampling"]
-    if own:
+    if "guidance" in own:
         return Settings(**own | ({} if len(known) else {"steps": Settings.steps}))
     if len(known) <= 1 or task.strength < 1:
-        return Settings()
+        return Settings(**own)
     two_ends = known[-1] - known[0] >= len(known)
-    return Settings(50, 1.0 if two_ends else 2.0, 1.0)  # extended without any, more digits changed
+    guidance = 1.0 if two_ends else 2.0  # extended without any, more digits changed
+    return Settings(50, guidance, 1.0, **own)
 
 
 # ------------------------------------------------------------------------------------------ windows
