@@ -126,8 +126,8 @@ def endless(run: prompting.Run, world: World, frames: int, still: bool, how: dic
         away = np.stack([np.abs(x - c[:, None, None, None]).max(0) for c in PALETTE.astype(float)])
         cells = cells_of(x)  # [n T, rows, columns, C]
         balls = (np.abs(cells - PALETTE[BALL]).max(3) < 100).sum((1, 2)).reshape(len(clips), -1)
-        now, before = balls[:, 1:], balls[:, :-1]  # [n, T]: for a frame, a lost ball is not there
-        one = (now == 1) | (now == 0) & (before == 1)
+        one = balls == 1  # [n, T]
+        one[:, 1:] |= (balls[:, 1:] == 0) & one[:, :-1]  # for a frame, a lost ball is not there
         paddle = (np.abs(cells[:, FLOOR] - PALETTE[PLAYER]).max(2) < 64).sum(1)
         figures |= {f"sharp in the {name} tenth": float((away.min(0) < 48).mean()),
                     f"one ball in the {name} tenth": float(one.mean()),
