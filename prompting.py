@@ -200,10 +200,11 @@ class Settings:
 
 
 def settings(run: Run, task: Task) -> Settings:
-    """The settings that worked best: the world's own, or else those for moving digits. Known frames
-    already show what the prompt says: less guidance makes seams smoother, and new frames truer.
-    Fresh noise in each step lets a digit that was placed wrong still move. What follows from known
-    frames and actions alone takes few steps; to begin with nothing takes many."""
+    """The settings that worked best: the world's own, or else those for moving digits, of which a
+    world that names no guidance of its own may replace some. Known frames already show what the
+    prompt says: less guidance makes seams smoother, and new frames truer. Fresh noise in each step
+    lets a digit that was placed wrong still move. What follows from known frames and actions alone
+    takes few steps; to begin with nothing takes many."""
     known, own = np.flatnonzero(task.known), run.world["sampling"]
     if "guidance" in own:
         return Settings(**own | ({} if len(known) else {"steps": Settings.steps}))

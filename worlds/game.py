@@ -36,7 +36,7 @@ class Game(Simulated):
 
     def begin(self, u: np.ndarray) -> State:
         """Anywhere in a game: some bricks are gone, and the ball may be among the others, where
-        most happens. What training never shows: other layouts."""
+        most happens, or lost. What training never shows: other layouts."""
         n, row, column = len(u), np.arange(ROWS), np.arange(COLUMNS)
         rows = row < chosen(u[:, 0], (ROWS - 2, ROWS - 1, ROWS))[:, None]  # [n, ROWS]
         gaps = u[:, 8 : 8 + COLUMNS] < chosen(u[:, 1], (0.0, 0.3))[:, None]  # [n, COLUMNS]
@@ -73,12 +73,11 @@ class Game(Simulated):
 
     def step(self, state: State, action: np.ndarray) -> State:
         paddle = state["paddle"] + (action == 3) - (action == 2)
-        paddle, lost = paddle.clip(0, SIDE - PADDLE), state["lost"]
+        paddle = paddle.clip(0, SIDE - PADDLE)
         ball, sign, bricks = (state[name].copy() for name in ("ball", "sign", "bricks"))
         for axis in (1, 0):  # sideways, then up or down
             to = ball.copy()
             to[:, axis] += sign[:, axis]
-            to[lost] = SERVED
             hit = bricks & touched(to)
             bricks &= ~hit
             back = hit.any((1, 2)) | (to[:, axis] < 0) | (to[:, axis] == SIDE)
@@ -91,7 +90,8 @@ class Game(Simulated):
             sign[:, axis] = np.where(back, -sign[:, axis], sign[:, axis])
             ball[:, axis] = np.where(back, ball[:, axis], to[:, axis])
         lost = low & ~caught
-        ball[lost], sign[lost] = SERVED, 1
+        served = lost | state["lost"]  # in the middle: unseen if it was lost just now
+        ball[served], sign[served] = SERVED, 1
         cleared = ~bricks.any((1, 2)) & (ball[:, 0] >= TOP + ROWS)
         palette = np.where(cleared[:, None], 1 + np.arange(ROWS), state["palette"])
         bricks |= cleared[:, None, None]
