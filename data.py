@@ -77,7 +77,7 @@ class WorldConfig:
 class World:
     """Numbered clips. Arrays of numbers `i` are [n]; `image`: each clip as a single frame."""
 
-    colors, fps, actions = 1, 10, ()  # C; frames a second; the names of the actions 1, 2, ...
+    colors, actions = 1, ()  # C; the names of the actions 1, 2, ...
     briefs = True  # whether what a person would type is known, too: then prompts can be expanded
     slow = False  # whether clips take long to make: then worker processes make them ahead
     flags = {}  # what differs from train.py's defaults where this world is learned
@@ -86,7 +86,7 @@ class World:
     noise = 0.6  # how noisy that is in training, at most; see `prompting.Settings`
 
     def __init__(self, config: WorldConfig):
-        self.config = config
+        self.config, self.fps = config, config.fps
         self.durations, self.shapes = config.durations, config.shapes  # that its clips have
         self.image_shapes = config.image_shapes
 
@@ -264,7 +264,6 @@ TRIES = 32  # places tried for two digits that must not overlap at the start
 class Digits(World):
     def __init__(self, config: WorldConfig):
         super().__init__(config)
-        self.fps = config.fps
         images, self.classes = load_digits(config.held_out)
         self.sprites = make_sprites(images, config.digit)
 

@@ -47,7 +47,8 @@ def main() -> None:
             parser.error(f"--{name} {value}: at least {least:d}")
     try:
         if made := COMMANDS[args.command][0](args):
-            path, figures, page = made[0] / args.command, *made[1:]
+            folder = made[0] if made[0].is_dir() else made[0].parent  # of one of its checkpoints
+            path, figures, page = folder / args.command, *made[1:]
             path.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
             if page:
                 page.save(path.with_suffix(".png"))

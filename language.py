@@ -90,8 +90,6 @@ class Tokenizer:
     @classmethod
     def from_captions(cls, captions: list[str], size: int) -> "Tokenizer":
         """Know the most frequent pieces of these captions, at most `size` ids in all."""
-        if size < SPECIALS:
-            raise ValueError(f"a vocabulary of {size} ids is too small: bytes take {SPECIALS}")
         counts = Counter(piece for caption in captions for piece in pieces(caption))
         words = [word for word in counts if len(spell(word)) > 1]  # a single byte has an id
         words.sort(key=lambda word: (-counts[word], word))  # ties by alphabet: the same every time

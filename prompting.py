@@ -449,16 +449,14 @@ class Batch:
 
 
 @torch.no_grad()
-def complete(
-    run: Run, tasks: list[Task], seeds: list[int], how: Settings | None = None
-) -> Iterator[np.ndarray]:
+def complete(run: Run, tasks: list[Task], seeds: list[int], how: Settings) -> Iterator[np.ndarray]:
     """Tasks of one size, mask and strength, a seed each -> uint8 [N, C, n, H, W] ..., in order: all
     frames of the clips, the known ones bit for bit. Frames after the last known one come as they
     are made, in memory that does not grow. A clip depends only on its own task and seed."""
     kinds = {(x.clip.shape, x.known.tobytes(), x.strength, x.frames) for x in tasks}
     if len(kinds) != 1 or len(tasks) != len(seeds):
         raise ValueError("a batch has tasks of one size, mask and strength, and a seed for each")
-    task, vae, how = tasks[0], run.vae, how or settings(run, tasks[0])
+    task, vae = tasks[0], run.vae
     plan = windows(task, run, how.past)
     T, K = len(task.known), 1 + max(np.flatnonzero(task.known), default=-1)
     end, source = task.frames or T, None

@@ -16,7 +16,7 @@
 A clip has the size of the grid of noise patches that sampling starts from: lay out more frames,
 rows or columns of noise, and a longer, taller or wider clip comes out (the report's "choosing the
 output size"). Your files are read as training reads them: upright, at the model's frame rate, of
-sizes that it knows; from there on, their pixels come out untouched. If the model was trained on
+about its size; from there on, their pixels come out untouched. If the model was trained on
 full captions, a short prompt is first expanded into one, differently for each seed, and printed.
 A clip is a function of its prompt, size, seed and files: on one machine to the last bit, today or
 tomorrow. In a batch, sums may round in another order, which changes a few pixels by a gray value.

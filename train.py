@@ -16,9 +16,10 @@ Four stages, each of which needs the ones before it:
     text    clips that have a caption      ->  text.pt, captions.jsonl for those that have none
     dit     items and captions             ->  dit.pt, dit.best-*.pt, gallery.gif
 
-A run's folder, out/<preset>, also holds config.json; log.jsonl, a line of figures every few steps,
-and loss.png, its picture; samples/, clips of fixed prompts and seeds as training goes on; cache/,
-a folder's clips as pixels. `--stage export` writes what sampling needs into <out>/weights/.
+A run's folder, out/<preset> or out/<world>, also holds config.json; log.jsonl, a line of figures
+every few steps, and loss.png, its picture; samples/, clips of fixed prompts and seeds as training
+goes on; cache/, a folder's clips as pixels. `--stage export` writes what sampling needs into
+<out>/weights/.
 
 In reading order: the configuration; the loss of each stage; what is shown; the command line. The
 loop is training/loop.py; a step's batch, training/batches.py.
@@ -496,7 +497,7 @@ def stages(c: Config, world: World, device: torch.device) -> None:
     if c.stage == "items":
         return
     said, language = words.words_of(world, made), None
-    lacking, some = words.missing(c, made, said), any(clip.caption for clip in said)
+    lacking, some = words.missing(c, made, said), len(words.labelled(world)[0])
     if c.stage == "text" and not some:
         raise ValueError("no clip has a caption to learn from")
     if c.stage in ("all", "text") and lacking and some:

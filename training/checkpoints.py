@@ -2,7 +2,6 @@
 
     dit.pt              weights, their moving average (EMA), optimizers, step; and plain values: the
                         network's configuration, the world, the flags, the tokenizer's words
-    dit.before.pt       the checkpoint before that, while training goes on
     dit.best-<step>.pt  the EMA weights that did best on clips held back
     weights/dit.pt      the EMA weights alone, in 16 bits, to give away (train.py --stage export)
 
@@ -38,8 +37,8 @@ class State:
     best: list[tuple[float, int]] = field(default_factory=list)  # (loss, step), the best first
 
 
-def write(path: Path, saved: dict | bytes, before: Path | None = None) -> None:
-    """The file is whole, or stays what it was. The old one is kept as `before`."""
+def write(path: Path, saved: dict | bytes) -> None:
+    """The file is whole, or stays what it was."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -53,18 +52,16 @@ def write(path: Path, saved: dict | bytes, before: Path | None = None) -> None:
             f"{path} could not be written{at}, with {shutil.disk_usage(path.parent).free / 1e9:.1f}"
             " GB free: make room, and the same command continues from what was saved before"
         ) from error
-    if before and path.exists():
-        os.replace(path, before)
     os.replace(part, path)
 
 
 def save(state: State, path: Path, facts: dict) -> None:
-    """A checkpoint; the one before stays beside it. Processes go on when it is written."""
+    """A checkpoint. Processes go on when it is written."""
     saved = {"step": state.step, "skipped": state.skipped, "best": state.best} | facts
     saved |= {"weights": state.model.state_dict(), "ema": state.averaged.state_dict()}
     saved = whole(saved | {"optimizers": [x.state_dict() for x in state.optimizers]})
     if rank() == 0:
-        write(path, saved, path.with_suffix(".before.pt"))
+        write(path, saved)
         for old in path.parent.glob(f"{path.stem}.best-*.pt"):  # now that their successors are safe
             if int(old.stem.split("-")[-1]) not in [step for _, step in state.best]:
                 old.unlink()
@@ -84,8 +81,7 @@ def keep_best(state: State, path: Path, facts: dict, loss: float, count: int) ->
 
 def resume(state: State, path: Path, facts: dict) -> None:
     """Load the checkpoint into `state`, if there is one, and forget what was logged after it."""
-    out, name, before = path.parent, path.stem, path.with_suffix(".before.pt")
-    path = before if before.exists() and not path.exists() else path  # killed between two renames
+    out, name = path.parent, path.stem
     if path.exists():
         saved = read_weights(path, "cpu")
         refuse_another(path, name, saved, facts)
@@ -141,9 +137,8 @@ def starting_from(c, name: str) -> dict:
     """The weights that --init-from has for a network, and what else is in their file; {} where it
     has none. Of a run that goes on, the words: its embeddings are of these, whatever captions have
     become since."""
-    for path in (c.folder / f"{name}.pt", c.folder / f"{name}.before.pt"):
-        if path.exists():  # `resume` reads the rest
-            return {"words": read_weights(path, "cpu").get("words")}
+    if (path := c.folder / f"{name}.pt").exists():  # `resume` reads the rest
+        return {"words": read_weights(path, "cpu").get("words")}
     if not c.init_from:
         return {}
     path = Path(c.init_from)

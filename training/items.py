@@ -177,6 +177,7 @@ def about(world: World, vae: VAE, c) -> dict:
     """What makes items other items."""
     weights = b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())
     flags = {name: getattr(c, name) for name in ("seed", "items", "later", "given")}
+    flags["images"] = bool(c.images or c.image_phase)
     return flags | {"vae": zlib.crc32(weights), "world": world.stamp()}
 
 

@@ -172,5 +172,4 @@ def fit(stage: Stage, c, device: torch.device) -> nn.Module:
             if stopping:
                 at = f"step {step} of {stage.name}"
                 raise SystemExit(f"stopped at {at}; the same command continues")
-    path.with_suffix(".before.pt").unlink(missing_ok=True)  # nothing can happen to it any more
     return ema()

@@ -35,14 +35,13 @@ from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Clip, Digits, World, WorldConfig, hashed_uniform, sheet
-from worlds.media import PICTURES, VIDEO, fitted, made_by_us, probe, read, write_clip
+from data import Clip, World, WorldConfig, hashed_uniform, sheet
+from worlds.media import PICTURES, VIDEO, fitted, made_by_us, probe, read
 
 KINDS = VIDEO + PICTURES
 DEMO = "folder_demo.png"  # what `main` draws
@@ -194,7 +193,7 @@ class Folder(World):
 
     def __init__(self, config: WorldConfig):
         super().__init__(config)
-        self.root, self.fps, self.broken = Path(config.kind), config.fps, {}
+        self.root, self.broken = Path(config.kind), {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder, nor a world of that name")
         found = find_files(self.root)
@@ -320,15 +319,6 @@ WORLD = Folder
 # --------------------------------------------------------------------------------------------- demo
 
 
-def demo_files(root: Path) -> None:
-    """Moving digits as files, one of which breaks off, where nobody has named a folder."""
-    names = ("a.mp4", "b.gif", "c.webp")
-    for name, clip in zip(names, Digits(WorldConfig()).clips(np.arange(3)), strict=True):
-        write_clip(root / name, clip.pixels)
-        (root / name).with_suffix(".txt").write_text(clip.brief)
-    (root / "cut.mp4").write_bytes((root / "a.mp4").read_bytes()[:1500])
-
-
 def cuts(clip: np.ndarray) -> np.ndarray:
     """Which frames of [C, T, H, W] begin another scene: bool [T]."""
     steps = np.abs(np.diff(clip.astype(float), axis=1)).mean((0, 2, 3))  # [T - 1]
@@ -337,27 +327,24 @@ def cuts(clip: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = ArgumentParser("folder.py", description="Look at a folder's clips before training.")
-    parser.add_argument("folder", nargs="?", help="of videos and images (default: a made one)")
+    parser.add_argument("folder", help="of videos and images")
     parser.add_argument("--pixels", type=int, default=WorldConfig.pixels, help="as in training")
     parser.add_argument("--fps", type=float, default=WorldConfig.fps, help="as in training")
     args = parser.parse_args()
-    with TemporaryDirectory() as made:
-        if not args.folder:
-            demo_files(Path(made))
-        world = Folder(WorldConfig(args.folder or made, fps=args.fps, pixels=args.pixels))
-        print(world.summary())
-        for (T, H, W), count in Counter(map(tuple, world.windows.tolist())).most_common(10):
-            print(f"  {count:6d} windows of {T} x {H} x {W}")
-        clips = [clip for clip in world.clips(np.arange(min(len(world), 12))) if clip]
-        cut, titles = [cuts(clip.pixels) for clip in clips], []
-        for clip, where in zip(clips, cut, strict=True):
-            size = " x ".join(map(str, clip.pixels.shape[1:]))
-            size += f", cut at frame {where.argmax()}" * bool(where.any())
-            titles.append(f"{clip.name} ({size}): {clip.caption or '(no caption)'}"[:120])
-        after = [where.cumsum() % 2 > 0 for where in cut]  # marked: from a cut to the next one
-        sheet([clip.pixels for clip in clips], titles, marks=after).save(DEMO)
-        print(f"wrote {DEMO}")
-        world.close()
+    world = Folder(WorldConfig(args.folder, fps=args.fps, pixels=args.pixels))
+    print(world.summary())
+    for (T, H, W), count in Counter(map(tuple, world.windows.tolist())).most_common(10):
+        print(f"  {count:6d} windows of {T} x {H} x {W}")
+    clips = [clip for clip in world.clips(np.arange(min(len(world), 12))) if clip]
+    cut, titles = [cuts(clip.pixels) for clip in clips], []
+    for clip, where in zip(clips, cut, strict=True):
+        size = " x ".join(map(str, clip.pixels.shape[1:]))
+        size += f", cut at frame {where.argmax()}" * bool(where.any())
+        titles.append(f"{clip.name} ({size}): {clip.caption or '(no caption)'}"[:120])
+    after = [where.cumsum() % 2 > 0 for where in cut]  # marked: from a cut to the next one
+    sheet([clip.pixels for clip in clips], titles, marks=after).save(DEMO)
+    print(f"wrote {DEMO}")
+    world.close()
 
 
 if __name__ == "__main__":

@@ -129,11 +129,6 @@ class Game(Simulated):
         ball[lost], sign[lost] = SERVED, 1
         return {"bricks": vivid > 80, "lost": lost, "ball": ball, "sign": sign, "paddle": player}
 
-    @staticmethod
-    def lasting(caption: str) -> str:
-        """Which bricks there are is seen, and who plays may change."""
-        return caption.partition(":")[0]
-
     def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
         names = [[*COLORS][k - 1] for k in states["palette"][0]]
         rows = [x for x, some in zip(names, states["bricks"][0].any(1), strict=True) if some]

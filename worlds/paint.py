@@ -123,11 +123,6 @@ class Paint(Simulated):
         tool, down = halves[:, :-1, 0].argmin(1), halves[..., 1].argmin(1) < len(TOOLS)
         return {"paper": cells.sum((3, 5)).argmin(1), "brush": brush, "down": down, "tool": tool}
 
-    @staticmethod
-    def lasting(caption: str) -> str:
-        """What is painted is seen, and who paints may change."""
-        return caption.partition(":")[0]
-
     def describe(self, states: State, actions: np.ndarray) -> tuple[str, str]:
         used = dict.fromkeys(states["tool"][states["down"]].tolist())  # in this order
         used = ", ".join(TOOLS[k] for k in used) or "nothing new"

@@ -31,7 +31,7 @@ class Simulated(World):
 
     def __init__(self, config: WorldConfig):
         super().__init__(config)
-        self.fps, self.shapes, self.image_shapes = config.fps, (self.size,), ()
+        self.shapes, self.image_shapes = (self.size,), ()
 
     def played(self, i, frames: int, actions=None, after: int = 1) -> tuple[State, np.ndarray]:
         """Clips i [n] from their start: states [frames, n, ...], actions [frames, n]. With actions
@@ -63,6 +63,11 @@ class Simulated(World):
             seen = self.render(own).swapaxes(0, 1) if pixels else None  # [C, T, H, W]
             clips.append(Clip(name, *self.describe(own, acts), seen, acts, own))
         return clips
+
+    @staticmethod
+    def lasting(caption: str) -> str:
+        """What there is can be seen, and who plays may change."""
+        return caption.partition(":")[0]
 
 
 def chosen(u: np.ndarray, among) -> np.ndarray:
