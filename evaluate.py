@@ -26,9 +26,8 @@ COMMANDS = {
     "cost": (scaling.costs, ""),
     "bench": (bench.main, "repeats=7"),
 }
-HELP = {"run": "a folder of train.py (default: the newest)",
-        "steps": "of sampling (default: those of sample.py)",
-        "against": "an equal run to compare with: see above"}  # fmt: skip
+HELP = {"run": "a folder of train.py (default: the newest)", "against": "an equal run: see above",
+        "steps": "of sampling (default: those of sample.py)"}  # fmt: skip
 
 
 def main() -> None:

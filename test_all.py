@@ -2664,7 +2664,8 @@ def test_measures_print_and_save_their_figures(measured, monkeypatch, tmp_path, 
     monkeypatch.setattr(tasks, "MINUTE", 100)
     monkeypatch.setattr(bench, "ROWS", 2)
     run = f"--run {measured}/done"
-    for line in (f"prompts {run}/dit.pt --ones 2 --twos 1", f"tasks {run} --clips 2 --minutes 1 --steps 1",
+    for line in (f"prompts {run}/dit.pt --ones 2 --twos 1",
+                 f"tasks {run} --clips 2 --minutes 1 --steps 1",
                  f"language {run} --clips 2", f"scaling {run} --clips 2 --out {tmp_path}", "cost",
                  f"framing {run} --against {measured}/square --clips 4", "bench --repeats 1"):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
