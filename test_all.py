@@ -1184,7 +1184,7 @@ def test_a_clip_does_not_depend_on_its_batch(toy_run, monkeypatch):
             assert off.max() <= 1 and (off > 0).mean() < 1e-2
     for batch in ([], edits[:1], [edits[0], news[0]], [edits[0], replace(edits[1], strength=0.4)]):
         with pytest.raises(ValueError, match="one size, mask and strength, and a seed for each"):
-            next(prompting.complete(toy_run, batch, [0, 1]))
+            next(prompting.complete(toy_run, batch, [0, 1], TWO_STEPS))
 
 
 @pytest.mark.parametrize("size", [(9, 8, 16), (30, 8, 16), (9, 64, 64)])
