@@ -1,4 +1,4 @@
-"""Tests: each fails when its concept is wrong. `python -m pytest -q` runs them all.
+"""Tests: each fails when its concept is wrong. `python -m pytest -q -n 2` runs all, two at a time.
 
 In the order of the files that they are about: concepts and worlds, prompting, training, measures.
 """
