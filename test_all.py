@@ -62,7 +62,6 @@ from training import cache as decoded
 from training import plot as plotting
 from vae import VAE, VAEConfig, from_blocks, to_blocks, to_float, to_uint8
 from worlds import folder, game, media, room, wall
-from worlds.media import write_clip
 
 torch.set_num_threads(1)  # everything here is small: a second thread costs more than it brings
 
@@ -83,6 +82,12 @@ def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
     for parameter in model.parameters():  # zeros would hide what is behind them from a test
         parameter.data += 0.08 * torch.randn_like(parameter)
     return model
+
+
+def write_clip(path: str | Path, clip: np.ndarray, fps: float = 10) -> None:
+    """A file as if it were somebody's: without the tag of what a model made."""
+    with media.Writer(path, fps, comment="") as file:
+        file.write(clip)
 
 
 def random_state(seed: int) -> torch.Generator:
@@ -1303,14 +1308,14 @@ def test_examples_in_the_help_work(toy_folder, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_wrong_command_line_is_one_sentence(toy_folder, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    media.write_clip("good.gif", noise_clip(9, 32, 32))
+    write_clip("good.gif", noise_clip(9, 32, 32))
     status, _, err = sample_command(toy_folder, f"--prompt 'a 7' {line}" if line else "")
     assert (status, err.count("\n")) == (2, 1) and os.listdir() == ["good.gif"], err
 
 
 def test_actions_of_a_command_line(toy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    media.write_clip("good.gif", noise_clip(9, 32, 32))
+    write_clip("good.gif", noise_clip(9, 32, 32))
     Path("done.txt").write_text("left\nturn left\nturn left\n")
 
     def actions(line: str) -> list[list[int]]:
@@ -2040,7 +2045,7 @@ def test_files_as_phones_and_browsers_make_them(tmp_path):
     for raw in (path.read_bytes()[:-1], path.read_bytes() + b"more" * 9):
         path.write_bytes(raw)
         assert media.probe(path)["frames"] == 4
-    media.write_clip(path, RAMP, fps=30)  # 33.3 ms each, which adds up
+    write_clip(path, RAMP, fps=30)  # 33.3 ms each, which adds up
     assert media.probe(path)["seconds"] == pytest.approx(0.3)
     path.rename(tmp_path / "b.mp4")  # a kind is told by what is in it
     assert media.probe(tmp_path / "b.mp4")["kind"] == "picture"
@@ -2185,7 +2190,7 @@ def test_clips_are_decoded_once(own_files, tmp_path, monkeypatch):
 
 def test_what_a_model_made_is_never_learned_from(tmp_path):
     for suffix in media.SUFFIXES:
-        media.write_clip(tmp_path / f"real{suffix}", RAMP)
+        write_clip(tmp_path / f"real{suffix}", RAMP)
         with media.Writer(tmp_path / f"made{suffix}") as file:
             file.write(RAMP)
     found = {x["file"] for x in folder.Folder(WorldConfig(str(tmp_path))).files}
@@ -2288,7 +2293,7 @@ def test_what_was_written_comes_back(tmp_path, suffix, C, fps):
     clip, path = np.repeat(RAMP, C, axis=0), tmp_path / f"clip{suffix}"
     clip[:, 3:6] = clip[:, 3:4]  # still frames are frames
     clip = clip[:, :1] if suffix == ".png" else clip
-    media.write_clip(path, clip, fps)
+    write_clip(path, clip, fps)
     back = media.read_clip(path, C, fps=fps)[0]
     assert back.shape == clip.shape and os.listdir(tmp_path) == [path.name]
     error = np.abs(back.astype(int) - clip)
@@ -2297,7 +2302,7 @@ def test_what_was_written_comes_back(tmp_path, suffix, C, fps):
 
 def test_fitting(tmp_path):
     picture, path = np.arange(13 * 21, dtype=np.uint8).reshape(1, 1, 13, 21), tmp_path / "a.png"
-    media.write_clip(path, picture)
+    write_clip(path, picture)
     assert np.array_equal(media.read_clip(path, 1)[0], picture)
     for fit, how in ("crop", " and cropped"), ("pad", " and padded"), ("", ""):
         big, done = media.read_clip(path, 3, (32, 32), fit)
@@ -2311,7 +2316,7 @@ def test_fitting(tmp_path):
 
 def test_a_bad_file_is_one_line(tmp_path):
     for name in ("cut.gif", "cut.webp"):
-        media.write_clip(tmp_path / name, RAMP)
+        write_clip(tmp_path / name, RAMP)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
     for name in ("words.gif", "words.mp4", "words.npy"):
         (tmp_path / name).write_text("hello\n" * 99)

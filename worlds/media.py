@@ -384,8 +384,3 @@ def made_by_us(path: Path) -> bool:
         start = file.read(2**16)
         file.seek(max(0, path.stat().st_size - 2**16))
         return MADE.encode() in start + file.read()
-
-
-def write_clip(path: str | Path, clip: np.ndarray, fps: float = 10, scale: int = 1) -> None:
-    with Writer(path, fps, scale, comment="") as file:
-        file.write(clip)
