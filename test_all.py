@@ -1385,12 +1385,12 @@ class Acting(Digits):
         return clips
 
 
-def train_acting(out: Path, *flags: str, command=train.main) -> None:
+def train_acting(out: Path, *flags: str, command=train.main, half: bool = False) -> None:
     """train.py in this process, in that world, without pictures. In float32: the rounding of
     bfloat16 is far larger than what the order of a sum changes."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (prompting, loop, muon, items):
-            patch.setattr(module, "bf16", lambda device, cache=True: nullcontext())
+            patch.setattr(module, "bf16", lambda _: torch.autocast("cpu", torch.bfloat16, half))
         patch.setattr(train, "open_world", Acting)
         patch.setattr(train, "gallery", lambda *_: None)
         patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
@@ -1511,6 +1511,16 @@ def test_stopped_anywhere_and_continued_is_uninterrupted_bit_for_bit(acting_run,
     captions = [(out / "captions.jsonl").read_text() for out in (acting_run, tmp_path)]
     assert captions[0] == captions[1]
     assert {x.name for x in acting_run.iterdir()} == {x.name for x in tmp_path.iterdir()}
+
+
+def test_every_stage_learns_in_bfloat16(acting_run, tmp_path):
+    """Also where tests run on a CPU that would not choose it."""
+    train_acting(tmp_path, half=True)
+    lines = [checkpoints.read_log(out) for out in (acting_run, tmp_path)]
+    assert not same_items(acting_run, tmp_path)
+    for exact, rounded in zip(*lines, strict=True):
+        assert exact["stage"] == rounded["stage"] and exact["step"] == rounded["step"]
+        assert 0 < abs(exact["loss"] - rounded["loss"]) < 0.05 * exact["loss"]
 
 
 def test_killed_at_random_moments_and_continued_is_uninterrupted(acting_run, tmp_path):

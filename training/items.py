@@ -214,7 +214,8 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
         if here:
             plans, clips = zip(*here, strict=True)
             with bf16(vae.mean.device):
-                append(folder, plans, encode(vae, clips, plans))
+                encoded = encode(vae, clips, plans)
+            append(folder, plans, encoded)
         bar.update(len(group))
         if STOP:
             raise SystemExit("stopped while encoding; the same command continues")
