@@ -1386,8 +1386,8 @@ class Acting(Digits):
 
 
 def train_acting(out: Path, *flags: str, command=train.main, half: bool = False) -> None:
-    """train.py in this process, in that world, without pictures. In float32: the rounding of
-    bfloat16 is far larger than what the order of a sum changes."""
+    """train.py in this process, in that world, without pictures. In float32, unless `half`: the
+    rounding of bfloat16 is far larger than what the order of a sum changes."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (prompting, loop, muon, items):
             patch.setattr(module, "bf16", lambda _: torch.autocast("cpu", torch.bfloat16, half))

@@ -215,7 +215,7 @@ def make_items(world: World, vae: VAE, c, folder: Path) -> "Items":
             plans, clips = zip(*here, strict=True)
             with bf16(vae.mean.device):
                 encoded = encode(vae, clips, plans)
-            append(folder, plans, encoded)
+            append(folder, plans, encoded)  # in float16, which a CPU's autocast cannot join
         bar.update(len(group))
         if STOP:
             raise SystemExit("stopped while encoding; the same command continues")
