@@ -77,19 +77,27 @@ def who_sees_whom(sample_id: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     if (sample_id[:, None][apart] >= 0).any():  # but of another
         apart = sample_id[:, :, None] != sample_id[:, None]  # [B, L, L]
-    mask = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
+    mask = torch.zeros(apart.shape, device=apart.device)
     return mask.masked_fill_(apart, -torch.inf)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head] each. PyTorch's kernel never holds
+    all L x L scores. On a CPU its backward pass takes three times as long in bfloat16 as in
+    float32, so there it is float32."""
+    if v.device.type != "cpu":
+        return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, mask)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).type_as(v)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, who: Tensor | None) -> Tensor:
     """Attention inside each clip: q, k, v [B, L, heads, head] -> [B, L, heads, head]."""
-    q, k = q.type_as(v), k.type_as(v)
     if who is None or who.is_floating_point():
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the kernel never holds all L x L scores
-        return F.scaled_dot_product_attention(q, k, v, who).transpose(1, 2)
+        return attend(*(x.transpose(1, 2) for x in (q, k, v)), who).transpose(1, 2)
     from torch.nn.attention.varlen import varlen_attn  # only CUDA can run it
 
-    L = q.shape[1]  # no clip is longer
+    q, k, L = q.type_as(v), k.type_as(v), q.shape[1]  # no clip is longer
     out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), who, who, L, L)  # [N, heads, head]
     return out.view_as(q)
 

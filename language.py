@@ -57,7 +57,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import patches
-from attention import rotary_angles, rotate
+from attention import attend, rotary_angles, rotate
 
 # ------------------------------------------------------------------------------------------- tokens
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         if cache is not None:
             cache[..., at : at + m, :] = torch.stack([k, v])
             k, v = cache[..., : at + m, :]
-        h = F.scaled_dot_product_attention(q[:, :, first:], k, v, mask)  # [B, heads, r, head]
+        h = attend(q[:, :, first:], k, v, mask)  # [B, heads, r, head]
         x = x[:, first:] + self.merge(h.transpose(1, 2).flatten(2))  # [B, r, d]
         h = F.layer_norm(x, x.shape[-1:], self.scale[1])
         return x + self.down(F.gelu(self.up(h)))
