@@ -82,9 +82,8 @@ def who_sees_whom(sample_id: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head] each. PyTorch's kernel never holds
-    all L x L scores. On a CPU its backward pass takes three times as long in bfloat16 as in
-    float32, so there it is float32."""
+    """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head] each, never all L x L scores. In
+    float32 on CPUs: in bfloat16, PyTorch's kernel takes three times as long in the backward pass."""
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, mask)
     with torch.autocast("cpu", enabled=False):
@@ -169,12 +168,9 @@ def packed_example() -> SimpleNamespace:
         grid = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).tolist()
         row += [(-1, tuple(place), clip, frame + 1 + place[0]) for place in grid]
     row += [(-1, (0, 0, 0), -1, 0)] * 2
-    text, position, sample_id, frame_id = (torch.tensor([x]) for x in zip(*row, strict=True))
-    return SimpleNamespace(
-        text=text,  # [1, L]
-        position=position,  # [1, L, 3]
-        sample_id=sample_id,  # [1, L]
-        frame_id=frame_id,  # [1, L]
+    names, columns = ("text", "position", "sample_id", "frame_id"), zip(*row, strict=True)
+    return SimpleNamespace(  # [1, L] each, position [1, L, 3]
+        **dict(zip(names, (torch.tensor([x]) for x in columns), strict=True)),
         frame_clip=torch.tensor([0, 0, 0, 1, 1]),  # [F]: text, two frames; text, one frame
         actions=torch.tensor([[0], [0], [1], [0], [0]]),  # [F, 1]: one, before the second frame
     )
