@@ -83,7 +83,7 @@ def who_sees_whom(sample_id: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head] each, never all L x L scores. In
-    float32 on CPUs: in bfloat16, PyTorch's kernel takes three times as long in the backward pass."""
+    float32 on CPUs: backward, PyTorch's kernel takes three times as long in bfloat16."""
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, mask)
     with torch.autocast("cpu", enabled=False):
