@@ -83,7 +83,7 @@ def who_sees_whom(sample_id: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(head) + mask) v: [B, heads, L, head] each, never all L x L scores. In
-    float32 on CPUs: backward, PyTorch's kernel takes three times as long in bfloat16."""
+    float32 on CPUs: the backward pass of PyTorch's kernel is three times as slow in bfloat16."""
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, mask)
     with torch.autocast("cpu", enabled=False):
@@ -168,12 +168,12 @@ def packed_example() -> SimpleNamespace:
         grid = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).tolist()
         row += [(-1, tuple(place), clip, frame + 1 + place[0]) for place in grid]
     row += [(-1, (0, 0, 0), -1, 0)] * 2
-    names, columns = ("text", "position", "sample_id", "frame_id"), zip(*row, strict=True)
-    return SimpleNamespace(  # [1, L] each, position [1, L, 3]
-        **dict(zip(names, (torch.tensor([x]) for x in columns), strict=True)),
+    text, position, sample_id, frame_id = (torch.tensor([x]) for x in zip(*row, strict=True))
+    return SimpleNamespace(
+        text=text, position=position, sample_id=sample_id, frame_id=frame_id,  # [1, L] or [1, L, 3]
         frame_clip=torch.tensor([0, 0, 0, 1, 1]),  # [F]: text, two frames; text, one frame
         actions=torch.tensor([[0], [0], [1], [0], [0]]),  # [F, 1]: one, before the second frame
-    )
+    )  # fmt: skip
 
 
 def draw(layout: SimpleNamespace, near: Tensor, cos: Tensor) -> Image.Image:
