@@ -72,8 +72,10 @@ LOGIT_MEAN = 0.5  # of the logit-normal training levels, before they are shifted
 def to_clean(output: Tensor, x: Tensor, level: Tensor, prediction: str) -> Tensor:
     """The clean clip according to the network's output. x is the noisy clip it was shown.
 
-    x: the clean clip itself, as the report says. eps: the noise (DDPM). v = signal eps - noise
-    clean (Salimans and Ho 2022, "Progressive distillation", section 4 and appendix D).
+    x: the clean clip itself. v = signal eps - noise clean (Salimans and Ho 2022, "Progressive
+    distillation", section 4 and appendix D): the clean clip is `signal x`, which needs no network,
+    less what v corrects. Where there is little noise, hardly anything passes through the network,
+    and a small one does not blur it. eps: the noise (DDPM).
     """
     if prediction == "x":
         return output
@@ -120,15 +122,22 @@ def denoising_error(
 # ------------------------------------------------------------------------------------- the sampling
 
 
-def guided(denoise: Callable, denoise_without: Callable, strength: float) -> Callable:
+def guided(
+    denoise: Callable, denoise_without: Callable, strength: float, least: float = 0.0
+) -> Callable:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6, with strength = 1 + w): start at
-    the prediction without the caption, and go past the one with it."""
+    the prediction without the caption, and go past the one with it. Only above level `least`
+    (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval"): what is drawn has been
+    decided by then, and to go further past would only bend its strokes."""
     if strength == 1:
         return denoise
 
     def both(x: Tensor, level: Tensor) -> Tensor:
+        told = denoise(x, level)
+        if level.max() <= least:
+            return told
         without = denoise_without(x, level)
-        return without + strength * (denoise(x, level) - without)
+        return without + strength * (told - without)
 
     return both
 

@@ -193,10 +193,11 @@ class Settings:
     """How to sample. What changes while clips are made holds from the next window on."""
 
     steps: int = 30
-    guidance: float = 4.0  # 1: none
+    guidance: float = 6.0  # 1: none
     eta: float = 0.0  # 0: DDIM, 1: DDPM's ancestral steps
     noise: float = 0.4  # the level of the latents that a window takes over from the one before it
     past: int | None = None  # how many those are; None: the world's share of a window
+    alone: float = 1 / 3  # the last share of the steps, which go without guidance
 
 
 def settings(run: Run, task: Task) -> Settings:
@@ -390,7 +391,7 @@ class Batch:
 
         return denoise
 
-    def denoiser(self, window: Window, given: Tensor) -> Callable:
+    def denoiser(self, window: Window, given: Tensor, ratio: float) -> Callable:
         """With guidance, and a mixture of both prompts where one turns into the other. A prompt
         says how a clip starts; later windows are conditioned only on what lasts."""
         run, later, actions = self.run, window.past > 0, self.actions(window)
@@ -410,7 +411,8 @@ class Batch:
         idle = [torch.zeros_like(done) for done in actions]
         nothing = self.packed([[NOTHING]] * len(first), idle, given, window.start)
         guidance = min(self.how.guidance, LATER) if later else self.how.guidance
-        return diffusion.guided(denoise, nothing, guidance)
+        least = diffusion.shift_level(torch.tensor(self.how.alone), ratio).item()
+        return diffusion.guided(denoise, nothing, guidance, least)
 
     def denoise(self, window: Window, generators: list, past: Tensor | None, source) -> Tensor:
         """From noise to the clean latents of a window [N, Z, t, h, w]. past: the latents that it
@@ -442,7 +444,7 @@ class Batch:
         x = diffusion.add_noise(clean, eps, level[:, None, None])
         levels = level_table(self.how.steps, level, fixed, ratio)
         how = self.how.eta, run.config["prediction"], generators
-        return diffusion.sample(self.denoiser(window, given), x, levels, *how)
+        return diffusion.sample(self.denoiser(window, given, ratio), x, levels, *how)
 
 
 # -------------------------------------------------------------------------------------- all windows

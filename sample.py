@@ -80,7 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     say("--count", type=int, default=1, help="how many clips, with seeds from --seed on")
     say("--seed", type=int, default=0)
     say("--steps", type=int, help="sampling steps (default: 30; extend, loop and connect 50)")
-    say("--guidance", type=float, help="1: none (default: 4; own clips 1.5; extend 2; loop 1)")
+    say("--guidance", type=float, help="1: none (default: 6; own clips 1.5; extend 2; loop 1)")
     say("--fps", type=frame_rate, help="frames a second, of your files, too (default: as trained)")
     say("--scale", type=int, default=1, help="pixels of the file for each of the clip (default: 1)")
     say("--out", default="sample.gif", help="a name ending in " + " ".join(SUFFIXES))

@@ -496,12 +496,13 @@ def test_fixed_frames_stay_bit_equal_and_clips_do_not_depend_on_their_batch(eta)
     assert all(torch.equal(made(which), out[which]) for which in ([0], [2], [1, 0]))
 
 
-def test_guidance_1_is_no_guidance_and_more_goes_beyond():
+def test_guidance_1_is_no_guidance_and_more_goes_beyond_down_to_a_level():
     x, level, without = torch.randn(2, 1, 3, 4, 4), torch.tensor(0.5), lambda x, level: 0.3 * x - 1
     assert diffusion.guided(mix, without, 1) is mix
     for w in (-1.0, -0.5, 1e-7, 2.0):  # equation 6 of the paper
         expected = (1 + w) * mix(x, level) - w * without(x, level)
         assert close(diffusion.guided(mix, without, 1 + w)(x, level), expected)
+        assert torch.equal(diffusion.guided(mix, without, 1 + w, 0.5)(x, level), mix(x, level))
 
 
 # ========================================================================= the concept: language.py
@@ -1128,7 +1129,7 @@ def test_each_window_has_its_own_start_caption_guidance_and_actions(tmp_path, wa
             later, frames = window.past > 0, window.first + np.arange(len(window.known))
             assert call.starts == idle.starts == [window.start]
             assert list(call.texts) == said[later] and idle.texts == [[NOTHING]]
-            assert how.strength == (2 if later else 4)
+            assert how.strength == (2 if later else 6)
             right = np.where((frames >= 0) & (frames < T), done[frames.clip(0, T - 1)], 0)
             assert call.actions[0].flatten()[-len(frames) :].tolist() == right.tolist()
             assert call.actions[0].shape[1] == ft and not idle.actions[0].any()
@@ -1239,7 +1240,7 @@ def test_prompts_are_expanded_beside_what_is_known(toy_run, watched):
 def test_settings_go_by_what_is_known(toy_run):
     tasks = [prompting.edit(noise_clip(5), 0.5, ""), prompting.animate(noise_clip(1), 5, "")]
     found = [prompting.settings(toy_run, task) for task in tasks + tasks_beside(noise_clip(5), 5)]
-    assert [how.guidance for how in found] == [4, 4, 2, 2, 1, 1]
+    assert [how.guidance for how in found] == [6, 6, 2, 2, 1, 1]
     assert [how.eta for how in found] == [0.5, 0.5, 1, 1, 1, 1]
 
 

@@ -91,7 +91,7 @@ class Config:
     captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
-    text_steps: int = 1500  # at most: 100 times through the clips that have captions
+    text_steps: int = 700  # at most: 100 times through the clips that have captions
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -99,13 +99,13 @@ class Config:
     width: int = 128
     depth: int = 6
     heads: int = 4
-    prediction: str = "x"  # x, v or eps: what the network says (diffusion.py)
+    prediction: str = "v"  # or x, eps: how the network says what is clean (diffusion.py)
     steps: int = 5000
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     images: float = 0.3  # share of the clips that are single frames
-    image_phase: float = 0.2  # share of the steps, at the start, that see images only
+    image_phase: float = 0.05  # share of the steps, at the start, that see images only
     given: float = 0.3  # share of the clips in which some frames are known
     later: float = 0.15  # share of the clips that are windows from later on and see their past
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
@@ -144,7 +144,8 @@ BASE = dict(channels=16, space_factor=8, digit=56, pixels=16384, lr=1e-3, rope_b
 PRESETS = {
     "tiny": {},  # 2.0 M, 32 x 32
     "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, vae_pca=True, rows=4,
-                  tokens=512, given=0.5, steps=2500),  # 2.0 M, 48 x 64; for a small --data FOLDER
+                  tokens=512, given=0.5, steps=2500,
+                  prediction="x"),  # 2.0 M, 48 x 64; for a small --data FOLDER
     "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
                           vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
     "base": BASE | dict(width=768, depth=12, heads=12, vae_width=128, vae_batch=32, rows=16,

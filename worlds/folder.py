@@ -189,7 +189,7 @@ def warn(line: str) -> None:
 
 class Folder(World):
     colors, briefs, slow = 3, False, True  # one caption a clip, at most; decoding takes long
-    sampling = {"guidance": 1.5}  # with few clips, more burns their colours
+    sampling = {"guidance": 1.5, "alone": 0.0}  # with few clips, more burns their colours
 
     def __init__(self, config: WorldConfig):
         super().__init__(config)

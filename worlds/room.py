@@ -34,7 +34,7 @@ class Room(Simulated):
     actions = ("stay", "forward", "back", "turn left", "turn right")
     flags = dict(durations=(32,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
                  items=8000, given=0.15, later=0.6, vae_steps=700, steps=2500, tokens=416, rows=5,
-                 vae_batch=4)  # fmt: skip
+                 vae_batch=4, prediction="x")  # fmt: skip
     sampling = dict(steps=8, guidance=1.0, noise=0.1)
     past = 0.75
 

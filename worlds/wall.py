@@ -40,7 +40,7 @@ WHEN = ("at no time", "for a while", "at the start", "at the end", "at both ends
 class Wall(Digits):
     flags = dict(durations=(33,), shapes=("16x64", "64x16", "24x48", "48x24"), digit=8,
                  channels=8, vae_steps=1500, tokens=352, rows=6, steps=5000, items=12_000,
-                 images=0.1, image_phase=0.05, given=0.25, later=0.6)  # fmt: skip
+                 images=0.1, image_phase=0.05, given=0.25, later=0.6, prediction="x")  # fmt: skip
     noise, sampling = 0.3, dict(noise=0.2)  # little, since what is small must be seen
     labelled, prompts, otherwise = World.labelled, World.prompts, staticmethod(World.otherwise)
 
