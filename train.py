@@ -100,12 +100,12 @@ class Config:
     depth: int = 6
     heads: int = 4
     prediction: str = "v"  # or x, eps: how the network says what is clean (diffusion.py)
-    steps: int = 5000
+    steps: int = 3500
     rows: int = 8  # of a step, on all processes together
     tokens: int = 256  # in a row
     lr: float = 1e-2
     images: float = 0.3  # share of the clips that are single frames
-    image_phase: float = 0.05  # share of the steps, at the start, that see images only
+    image_phase: float = 0.4  # share of the steps, at the start, that see images only
     given: float = 0.3  # share of the clips in which some frames are known
     later: float = 0.15  # share of the clips that are windows from later on and see their past
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
@@ -145,7 +145,7 @@ PRESETS = {
     "tiny": {},  # 2.0 M, 32 x 32
     "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, vae_pca=True, rows=4,
                   tokens=512, given=0.5, steps=2500,
-                  prediction="x"),  # 2.0 M, 48 x 64; for a small --data FOLDER
+                  image_phase=0.2, prediction="x"),  # 2.0 M, 48 x 64; for a small --data FOLDER
     "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
                           vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
     "base": BASE | dict(width=768, depth=12, heads=12, vae_width=128, vae_batch=32, rows=16,
