@@ -46,7 +46,7 @@ MOST_WORDS = 256  # tokens of a caption; longer ones are an error, since they wo
 @dataclass
 class DiTConfig:
     inputs: int = 44  # numbers a patch that go in: noisy latent, what is known of it, and the mask
-    outputs: int = 20  # D: numbers a patch that come out: the clean latent
+    outputs: int = 20  # D: numbers a patch that come out: of the latent, see diffusion.to_clean
     vocabulary: int = 512  # how many ids a caption token can have
     width: int = 256  # d
     depth: int = 8
