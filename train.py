@@ -91,7 +91,7 @@ class Config:
     captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
-    text_steps: int = 700  # at most: 100 times through the clips that have captions
+    text_steps: int = 1000  # at most: 100 times through the clips that have captions
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
