@@ -72,10 +72,9 @@ LOGIT_MEAN = 0.5  # of the logit-normal training levels, before they are shifted
 def to_clean(output: Tensor, x: Tensor, level: Tensor, prediction: str) -> Tensor:
     """The clean clip according to the network's output. x is the noisy clip it was shown.
 
-    x: the clean clip itself. v = signal eps - noise clean (Salimans and Ho 2022, "Progressive
-    distillation", section 4 and appendix D): the clean clip is `signal x`, which needs no network,
-    less what v corrects. Where there is little noise, hardly anything passes through the network,
-    and a small one does not blur it. eps: the noise (DDPM).
+    x: the clean clip itself. eps: the noise (DDPM). v = signal eps - noise clean (Salimans and Ho
+    2022, "Progressive distillation", section 4 and appendix D): the clean clip is `signal x`, which
+    needs no network, less what v corrects. So a small network does not blur what is hardly noisy.
     """
     if prediction == "x":
         return output
@@ -122,24 +121,17 @@ def denoising_error(
 # ------------------------------------------------------------------------------------- the sampling
 
 
-def guided(
-    denoise: Callable, denoise_without: Callable, strength: float, least: float = 0.0
-) -> Callable:
+def guided(denoise: Callable, untold: Callable, strength: float, least: float = 0.0) -> Callable:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6, with strength = 1 + w): start at
     the prediction without the caption, and go past the one with it. Only above level `least`
-    (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval"): what is drawn has been
-    decided by then, and to go further past would only bend its strokes."""
-    if strength == 1:
-        return denoise
+    (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval"): below, what is drawn has
+    been decided, and going past it would only bend its strokes."""
 
     def both(x: Tensor, level: Tensor) -> Tensor:
         told = denoise(x, level)
-        if level.max() <= least:
-            return told
-        without = denoise_without(x, level)
-        return without + strength * (told - without)
+        return told if level.max() <= least else torch.lerp(untold(x, level), told, strength)
 
-    return both
+    return denoise if strength == 1 else both
 
 
 def step(x: Tensor, clean: Tensor, level: Tensor, to: Tensor, eta: float, fresh: Tensor) -> Tensor:
