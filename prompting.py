@@ -204,14 +204,14 @@ def settings(run: Run, task: Task) -> Settings:
     """The settings that worked best: the world's own, or else those for moving digits, of which a
     world that names no guidance of its own may replace some. Known frames already show what the
     prompt says: less guidance makes seams smoother, and new frames truer. Fresh noise in each step
-    sharpens, and lets a digit that was placed wrong still move; from no more than an image, half of
-    it is best, or digits suffer. What follows from known frames and actions alone takes few steps;
+    sharpens, and lets a digit that was placed wrong still move; from no more than an image, three
+    quarters of it are best, or digits suffer. What follows from known frames and actions alone takes few steps;
     to begin with nothing takes many."""
     known, own = np.flatnonzero(task.known), run.world["sampling"]
     if "guidance" in own:
         return Settings(**own | ({} if len(known) else {"steps": Settings.steps}))
     if len(known) <= 1 or task.strength < 1:
-        return Settings(eta=0.5, **own)
+        return Settings(eta=0.75, **own)
     two_ends = known[-1] - known[0] >= len(known)
     guidance = 1.0 if two_ends else 2.0  # extended without any, more digits changed
     return Settings(50, guidance, 1.0, **own)

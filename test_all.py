@@ -1241,7 +1241,7 @@ def test_settings_go_by_what_is_known(toy_run):
     tasks = [prompting.edit(noise_clip(5), 0.5, ""), prompting.animate(noise_clip(1), 5, "")]
     found = [prompting.settings(toy_run, task) for task in tasks + tasks_beside(noise_clip(5), 5)]
     assert [how.guidance for how in found] == [6, 6, 2, 2, 1, 1]
-    assert [how.eta for how in found] == [0.5, 0.5, 1, 1, 1, 1]
+    assert [how.eta for how in found] == [0.75, 0.75, 1, 1, 1, 1]
 
 
 def test_noisy_past():
