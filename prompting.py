@@ -205,8 +205,8 @@ def settings(run: Run, task: Task) -> Settings:
     world that names no guidance of its own may replace some. Known frames already show what the
     prompt says: less guidance makes seams smoother, and new frames truer. Fresh noise in each step
     sharpens, and lets a digit that was placed wrong still move; from no more than an image, three
-    quarters of it are best, or digits suffer. What follows from known frames and actions alone takes few steps;
-    to begin with nothing takes many."""
+    quarters of it are best, or digits suffer. What follows from known frames and actions alone
+    takes few steps; to begin with nothing takes many."""
     known, own = np.flatnonzero(task.known), run.world["sampling"]
     if "guidance" in own:
         return Settings(**own | ({} if len(known) else {"steps": Settings.steps}))
