@@ -101,12 +101,12 @@ class Config:
     heads: int = 4
     prediction: str = "v"  # or x, eps: how the network says what is clean (diffusion.py)
     steps: int = 4000
-    rows: int = 8  # of a step, on all processes together
-    tokens: int = 256  # in a row
+    rows: int = 12  # of a step, on all processes together
+    tokens: int = 168  # in a row
     lr: float = 1e-2
     images: float = 0.3  # share of the clips that are single frames
     image_phase: float = 0.3  # share of the steps, at the start, that see images only
-    given: float = 0.3  # share of the clips in which some frames are known
+    given: float = 0.4  # share of the clips in which some frames are known
     later: float = 0.15  # share of the clips that are windows from later on and see their past
     shift: float = 3.0  # above 1: more training, more sampling steps, at high noise; below: at low
     rope_base: float = 10.0  # larger for larger grids (attention.py)

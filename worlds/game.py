@@ -31,7 +31,7 @@ class Game(Simulated):
     colors, size, actions = 3, (SIDE * CELL, SIDE * CELL), ("stay", "left", "right")
     flags = dict(durations=(2,), time_factor=1, channels=4, images=0.0, image_phase=0.0,
                  items=12_000, given=0.03, later=0.9, vae_steps=800, steps=6000,
-                 prediction="x")  # fmt: skip
+                 tokens=256, rows=8, prediction="x")  # fmt: skip
     sampling = dict(steps=2, guidance=1.0, noise=0.05)
     noise = 0.3  # little, since what is small must be seen
 

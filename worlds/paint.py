@@ -33,7 +33,7 @@ class Paint(Simulated):
     actions = ("stay", "up", "down", "left", "right", "lift or lower", "next colour")
     flags = dict(durations=(3,), time_factor=1, channels=8, images=0.0, image_phase=0.0,
                  items=12_000, given=0.03, later=0.9, vae_steps=1000, steps=3000,
-                 prediction="x")  # fmt: skip
+                 tokens=256, rows=8, prediction="x")  # fmt: skip
     sampling = dict(steps=2, guidance=1.0, noise=0.05)
     past, noise = 0.7, 0.3  # two frames, which say all; what is small must be seen
 
