@@ -26,7 +26,7 @@ from dit import DiT, DiTConfig
 from training.cost import step_flops
 from vae import VAE, VAEConfig
 
-ROWS, BUDGET, PATCH = 8, 256, 2  # of the batches: those of the preset `tiny`
+ROWS, BUDGET, PATCH = 12, 168, 2  # of the batches: those of the preset `tiny`
 # Videos of up to 17 frames, from 1:2 to 2:1, and images: more sizes than `tiny` learns from.
 SHAPES = ((32, 32), (24, 40), (40, 24), (24, 48), (48, 24))
 
