@@ -23,10 +23,11 @@ from torch import nn
 import data
 import patches
 from dit import DiT, DiTConfig
+from train import Config
 from training.cost import step_flops
 from vae import VAE, VAEConfig
 
-ROWS, BUDGET, PATCH = 12, 168, 2  # of the batches: those of the preset `tiny`
+ROWS, BUDGET, PATCH = Config.rows, Config.tokens, Config.patch  # those of the preset `tiny`
 # Videos of up to 17 frames, from 1:2 to 2:1, and images: more sizes than `tiny` learns from.
 SHAPES = ((32, 32), (24, 40), (40, 24), (24, 48), (48, 24))
 
