@@ -36,10 +36,12 @@ column); text follows the last frame, one token a time step.
 
 Tokens. Words make short texts, but a list of words cannot write a word that it lacks; bytes can
 write anything. We use both: text is cut into words, each with the space in front of it (as in
-GPT-2, Radford et al. 2019). A frequent word is one token; any other is its UTF-8 bytes.
+GPT-2, Radford et al. 2019). A frequent word is one token; any other is its UTF-8 bytes. Captions
+say the same over and over, and each token costs as much as a patch: a phrase that occurs in one of
+twenty texts is a token, too.
 
-    "a 7 moving left"   ->   " a"  " 7"  " moving"  " left"                     4 tokens
-    "a 7 moving löft"   ->   " a"  " 7"  " moving"  20 6c c3 b6 66 74           9 tokens
+    "a 7 moving left"   ->   " a 7"  " moving left"                             2 tokens
+    "a 7 moving löft"   ->   " a 7"  " moving"  20 6c c3 b6 66 74               8 tokens
 
 Alphabet: B texts; n tokens of the prefix, k of the text; d the width; V ids; latents [Z, t, h, w].
 
@@ -50,6 +52,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +68,39 @@ NOTHING = 256  # no caption: the model may draw anything, and guidance compares 
 END = 257  # stands before and after a text that is written
 SPECIALS = 258  # ids that are no known piece
 LONGEST = 128  # tokens of a text that is written
+PHRASE = 0.05  # share of the texts in which a phrase that is to be one token occurs
+PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 
 
 def pieces(text: str) -> list[str]:
     """Cut a text into words and signs, each with at most one space in front, and single blanks. A
     space is put in front of it: the first word is the same piece as anywhere else."""
-    return re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text)
+    return PIECE.findall(" " + text)
+
+
+def phrases(texts: list[list[str]]) -> list[str]:
+    """What is often said, from the pieces of texts. The most frequent pair of neighbours becomes
+    one piece, again and again (byte pair encoding, Sennrich et al. 2016, but of words). None goes
+    on after a sign, so a sentence's words are the same tokens whatever was said before it."""
+    found, least = [], max(10, PHRASE * len(texts))
+    while True:
+        count = Counter(x for text in texts for x in pairwise(text) if x[0][-1].isalnum())
+        pair = max(count, key=lambda x: (count[x], x), default=None)  # ties by alphabet
+        if not pair or count[pair] < least:
+            return found
+        found.append("".join(pair))
+        texts = [joined(text, pair) for text in texts]
+
+
+def joined(text: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces of a text with this pair as one piece, wherever it occurs."""
+    done = []
+    for piece in text:
+        if done and (done[-1], piece) == pair:
+            done[-1] += piece
+        else:
+            done.append(piece)
+    return done
 
 
 def spell(piece: str) -> bytes:
@@ -85,22 +115,27 @@ class Tokenizer:
         self.words = list(words)
         self.size = SPECIALS + len(self.words)  # how many different ids there are
         self.id_of = {word: SPECIALS + k for k, word in enumerate(self.words)}
+        self.longest = max((len(PIECE.findall(word)) for word in self.words), default=1)  # pieces
         self.spelling = [bytes([i]) for i in range(256)] + [b"", b""] + list(map(spell, self.words))
 
     @classmethod
     def from_captions(cls, captions: list[str], size: int) -> "Tokenizer":
-        """Know the most frequent pieces of these captions, at most `size` ids in all."""
+        """Know the phrases and the most frequent pieces of these captions, at most `size` ids."""
+        some = sorted(set(captions))
+        some = phrases([pieces(caption) for caption in some[:: 1 + len(some) // 2000]])
         counts = Counter(piece for caption in captions for piece in pieces(caption))
         words = [word for word in counts if len(spell(word)) > 1]  # a single byte has an id
         words.sort(key=lambda word: (-counts[word], word))  # ties by alphabet: the same every time
-        return cls(words[: size - SPECIALS])
+        return cls((some + words)[: size - SPECIALS])
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. No text is [NOTHING]."""
-        ids = []
-        for piece in pieces(text) if text else []:
-            known = self.id_of.get(piece)
-            ids.extend(spell(piece) if known is None else [known])
+        """Text -> ids, of the longest known phrase at each place. No text is [NOTHING]."""
+        ids, rest = [], pieces(text) if text else []
+        while rest:
+            starts = ("".join(rest[:n]) for n in range(self.longest, 0, -1))
+            known = next((x for x in starts if x in self.id_of), None)
+            ids.extend([self.id_of[known]] if known else spell(rest[0]))
+            rest = rest[len(PIECE.findall(known)) if known else 1 :]
         return ids or [NOTHING]
 
     def decode(self, ids: list[int]) -> str:

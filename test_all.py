@@ -524,6 +524,18 @@ def test_any_text_comes_back_and_known_words_are_one_token():
     assert Tokenizer.from_captions(["b b b a a c"], language.SPECIALS + 2).words == [" b", " a"]
 
 
+def test_what_is_often_said_is_one_token():
+    said = [f"a {k % 15} moving {way}. an {k}{k} moving {way}." for k in range(99)
+            for way in ("left", "up fast")]  # fmt: skip
+    words = Tokenizer.from_captions(said, 500)
+    assert words.decode(words.encode("a 7 moving up fast, a b")) == "a 7 moving up fast, a b"
+    assert {" moving up fast.", " moving left.", " a 7"} <= set(words.words)
+    assert not any(". " in word for word in words.words)
+    alone = words.encode("a 7 moving left.")
+    assert len(alone) == 2 and words.encode("an 8 moving up fast. a 7 moving left.")[-2:] == alone
+    assert Tokenizer.from_captions(said[:4], 500).longest == 1  # too few to tell
+
+
 @pytest.fixture(scope="module")
 def speaker() -> LanguageModel:
     torch.manual_seed(0)

@@ -91,7 +91,7 @@ class Config:
     captions: str = "auto"  # recaptioned, where that pays; or written: what came with the clips
     items: int = 20_000  # clips that the transformer learns from, at most; 0: all
     text_width: int = 128
-    text_steps: int = 1000  # at most: 100 times through the clips that have captions
+    text_steps: int = 700  # at most: 100 times through the clips that have captions
     text_batch: int = 16  # clips a step, of the largest size; more of smaller ones
     text_lr: float = 1e-2
     # the diffusion transformer (dit.py)
@@ -137,14 +137,15 @@ class Config:
 # What differs from `tiny`. In the comments: parameters of the transformer, the first shape. "small"
 # is for one GPU or a patient CPU; the larger ones are DiT's B, L and XL, for many GPUs.
 SMALL = dict(patch=1, channels=8, space_factor=8, digit=28, pixels=4096, vae_batch=16, lr=3e-3,
-             shapes=("64x64", "48x80", "80x48", "64x96", "96x64"), vae_lr=3e-3)  # fmt: skip
+             shapes=("64x64", "48x80", "80x48", "64x96", "96x64"), vae_lr=3e-3,
+             text_steps=1000)  # fmt: skip
 BASE = dict(channels=16, space_factor=8, digit=56, pixels=16384, lr=1e-3, rope_base=100.0, items=0,
             shapes=("128x128", "96x160", "160x96", "128x192", "192x128"), vae_lr=1e-3,
-            tokens=4096, vae_steps=100_000)  # fmt: skip
+            tokens=4096, vae_steps=100_000, text_steps=1000)  # fmt: skip
 PRESETS = {
     "tiny": {},  # 2.0 M, 32 x 32
     "clips": dict(channels=14, pixels=3072, vae_batch=4, vae_steps=500, vae_pca=True, rows=4,
-                  tokens=512, given=0.5, steps=2500,
+                  tokens=512, given=0.5, steps=2500, text_steps=1000,
                   image_phase=0.2, prediction="x"),  # 2.0 M, 48 x 64; for a small --data FOLDER
     "small": SMALL | dict(width=384, depth=12, heads=6, vae_width=96, rows=16, tokens=1024,
                           vae_steps=5_000, steps=20_000, items=100_000),  # 33 M, 64 x 64
