@@ -84,23 +84,16 @@ def phrases(texts: list[list[str]]) -> list[str]:
     on after a sign, so a sentence's words are the same tokens whatever was said before it."""
     found, least = [], max(10, PHRASE * len(texts))
     while True:
-        count = Counter(x for text in texts for x in pairwise(text) if x[0][-1].isalnum())
+        pairs = (x for text in texts for x in set(pairwise(text)) if x[0][-1].isalnum())
+        count = Counter(pairs)  # in how many texts
         pair = max(count, key=lambda x: (count[x], x), default=None)  # ties by alphabet
         if not pair or count[pair] < least:
             return found
         found.append("".join(pair))
-        texts = [joined(text, pair) for text in texts]
-
-
-def joined(text: list[str], pair: tuple[str, str]) -> list[str]:
-    """The pieces of a text with this pair as one piece, wherever it occurs."""
-    done = []
-    for piece in text:
-        if done and (done[-1], piece) == pair:
-            done[-1] += piece
-        else:
-            done.append(piece)
-    return done
+        for text in texts:
+            for k in range(len(text) - 2, -1, -1):
+                if (text[k], text[k + 1]) == pair:
+                    text[k : k + 2] = found[-1:]
 
 
 def spell(piece: str) -> bytes:
@@ -132,10 +125,11 @@ class Tokenizer:
         """Text -> ids, of the longest known phrase at each place. No text is [NOTHING]."""
         ids, rest = [], pieces(text) if text else []
         while rest:
-            starts = ("".join(rest[:n]) for n in range(self.longest, 0, -1))
-            known = next((x for x in starts if x in self.id_of), None)
-            ids.extend([self.id_of[known]] if known else spell(rest[0]))
-            rest = rest[len(PIECE.findall(known)) if known else 1 :]
+            longest = range(min(self.longest, len(rest)), 1, -1)
+            n = next((n for n in longest if "".join(rest[:n]) in self.id_of), 1)
+            known = self.id_of.get("".join(rest[:n]))
+            ids.extend(spell(rest[0]) if known is None else [known])
+            rest = rest[n:]
         return ids or [NOTHING]
 
     def decode(self, ids: list[int]) -> str:
