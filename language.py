@@ -37,8 +37,8 @@ column); text follows the last frame, one token a time step.
 Tokens. Words make short texts, but a list of words cannot write a word that it lacks; bytes can
 write anything. We use both: text is cut into words, each with the space in front of it (as in
 GPT-2, Radford et al. 2019). A frequent word is one token; any other is its UTF-8 bytes. Captions
-say the same over and over, and each token costs as much as a patch: a phrase that occurs in one of
-twenty texts is a token, too.
+say the same things over and over, and each token costs as much as a patch, so a phrase that one
+text in twenty contains is one token, too.
 
     "a 7 moving left"   ->   " a 7"  " moving left"                             2 tokens
     "a 7 moving löft"   ->   " a 7"  " moving"  20 6c c3 b6 66 74               8 tokens
@@ -68,7 +68,7 @@ NOTHING = 256  # no caption: the model may draw anything, and guidance compares 
 END = 257  # stands before and after a text that is written
 SPECIALS = 258  # ids that are no known piece
 LONGEST = 128  # tokens of a text that is written
-PHRASE = 0.05  # share of the texts in which a phrase that is to be one token occurs
+PHRASE = 0.05  # a phrase that at least this share of the texts contains is one token
 PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 
 
@@ -80,8 +80,8 @@ def pieces(text: str) -> list[str]:
 
 def phrases(texts: list[list[str]]) -> list[str]:
     """What is often said, from the pieces of texts. The most frequent pair of neighbours becomes
-    one piece, again and again (byte pair encoding, Sennrich et al. 2016, but of words). None goes
-    on after a sign, so a sentence's words are the same tokens whatever was said before it."""
+    one piece in all texts, again and again: byte pair encoding (Sennrich et al. 2016), of words.
+    No phrase goes on after a sign, so a sentence is the same tokens whatever was said before it."""
     found, least = [], max(10, PHRASE * len(texts))
     while True:
         pairs = (x for text in texts for x in set(pairwise(text)) if x[0][-1].isalnum())
@@ -114,19 +114,20 @@ class Tokenizer:
     @classmethod
     def from_captions(cls, captions: list[str], size: int) -> "Tokenizer":
         """Know the phrases and the most frequent pieces of these captions, at most `size` ids."""
-        some = sorted(set(captions))
-        some = phrases([pieces(caption) for caption in some[:: 1 + len(some) // 2000]])
+        different = sorted(set(captions))
+        some = different[:: 1 + len(different) // 2000]  # about 2,000 say what is frequent
+        often = phrases([pieces(caption) for caption in some])
         counts = Counter(piece for caption in captions for piece in pieces(caption))
         words = [word for word in counts if len(spell(word)) > 1]  # a single byte has an id
         words.sort(key=lambda word: (-counts[word], word))  # ties by alphabet: the same every time
-        return cls((some + words)[: size - SPECIALS])
+        return cls((often + words)[: size - SPECIALS])
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, of the longest known phrase at each place. No text is [NOTHING]."""
         ids, rest = [], pieces(text) if text else []
         while rest:
-            longest = range(min(self.longest, len(rest)), 1, -1)
-            n = next((n for n in longest if "".join(rest[:n]) in self.id_of), 1)
+            lengths = range(self.longest, 1, -1)
+            n = next((n for n in lengths if "".join(rest[:n]) in self.id_of), 1)
             known = self.id_of.get("".join(rest[:n]))
             ids.extend(spell(rest[0]) if known is None else [known])
             rest = rest[n:]
