@@ -76,8 +76,8 @@ def places_of(owner: Tensor) -> Tensor:
 
 def sum_of_each(words: Tensor, owner: Tensor, clips: int) -> Tensor:
     """Each clip's caption in one vector, the sum of its n tokens / (2 sqrt(n)): words [M, d], clip
-    `owner` [M] -> [clips, d]. For four tokens it is their mean. A mean of eleven would
-    drown out the 7, and a plain sum grows with the caption."""
+    `owner` [M] -> [clips, d]. For four tokens it is their mean. A mean of eleven would drown out
+    the 7, and a plain sum grows with the caption."""
     total = words.new_zeros(clips, words.shape[-1]).index_add_(0, owner, words)
     return total / (2 * torch.bincount(owner, minlength=clips).clamp(min=1).sqrt()[:, None])
 
